@@ -1,0 +1,230 @@
+# yolo-sos, AGPL-3.0
+"""The command ``yolo-sos``, in Ultralytics' ``key=value`` grammar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from yolo_sos import __version__
+from yolo_sos.config import SOS_YAML, SOSConfig, is_sos_key, resolve_data
+
+# Keys that the host takes beside those of its defaults: deprecated ones, which it translates or drops with a warning.
+ALSO_TAKEN = (
+    *("save_dir", "half", "int8", "end2end", "boxes", "hide_labels", "hide_conf", "line_thickness"),
+    *("label_smoothing", "save_hybrid", "crop_fraction", "keras"),
+)
+HELP = """
+    yolo-sos: Ultralytics YOLO with stochastic optimum shifting (SOS).
+
+        yolo-sos [TASK] MODE ARGS
+
+        Where   TASK (optional), MODE and ARGS are those of 'yolo', and ARGS of train also take the sos settings
+                that 'yolo-sos cfg' prints.
+
+    1. Train a detector with SOS:
+        yolo-sos train data=VOC.yaml model=yolov5s.pt sos=true
+
+    2. Keep a quarter of each final layer's input dimensions, from the last fifth of the epochs on:
+        yolo-sos train data=coco8.yaml model=yolo11n.pt epochs=50 sos=true sos_rank=0.25 sos_start=0.8
+
+    3. The paper's row sampling, 300 rows, every epoch:
+        yolo-sos train data=VOC.yaml model=yolov5s.pt sos=true sos_method=rows sos_rank=300 sos_weighting=uniform
+
+    4. No data at hand: real handwritten digits, made on first use
+        yolo-sos train data=digits.yaml model=yolov5n.yaml imgsz=160 epochs=15 sos=true
+
+    5. Continue an interrupted run, with the settings it was started with:
+        yolo-sos train resume=runs/detect/train/weights/last.pt
+
+    6. Validate, predict, export, track, benchmark: as with 'yolo'
+        yolo-sos val model=runs/detect/train/weights/best.pt data=VOC.yaml
+
+    7. Special commands:
+        yolo-sos help
+        yolo-sos version
+        yolo-sos checks
+        yolo-sos cfg
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run ``yolo-sos``.
+
+    Args:
+        argv (list[str], optional): Arguments without the program's name. None: those of the process.
+    """
+    args = sys.argv[1:] if argv is None else argv
+    special = {"help": print_help, "version": print_version, "checks": run_checks, "cfg": print_cfg}
+    command = args[0].lstrip("-").lower() if args else "help"
+    command = {"h": "help", "v": "version"}.get(command, command)
+    if command in special:
+        special[command]()
+        return
+    try:
+        check_keys(args)
+        words, overrides = parse(args)
+        run = plan(words, overrides)
+    except (ValueError, TypeError, SyntaxError, AssertionError, OSError) as e:
+        fail(e)
+    run()
+
+
+def fail(error: Exception) -> NoReturn:
+    """Tell what is wrong with the command, without a traceback, and exit with status 2."""
+    print(f"yolo-sos: {str(error).strip()}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def print_help() -> None:
+    """Print the help."""
+    print(HELP)
+
+
+def print_version() -> None:
+    """Print the versions of yolo-sos and of its host."""
+    print(f"yolo-sos {__version__} (ultralytics {version('ultralytics')})")
+
+
+def print_cfg() -> None:
+    """Print every setting with its default and what it does."""
+    print(SOS_YAML.read_text(encoding="utf-8"))
+
+
+def run_checks() -> None:
+    """Print the host's system check, and the version of yolo-sos."""
+    from ultralytics.utils.checks import collect_system_info
+
+    collect_system_info()
+    print_version()
+
+
+def host_keys() -> list[str]:
+    """Return the arguments of 'yolo', read from its file of defaults: importing the host takes a second."""
+    spec = find_spec("ultralytics")
+    if spec is None or spec.origin is None:
+        raise ValueError("ultralytics is not installed. Install it with: pip install ultralytics")
+    return list(yaml.safe_load((Path(spec.origin).parent / "cfg/default.yaml").read_text(encoding="utf-8")))
+
+
+def check_keys(args: list[str]) -> None:
+    """Raise a ``ValueError`` that names a wrong key and the nearest valid one, before anything heavy is loaded."""
+    valid = [*SOSConfig.keys(), *host_keys(), *ALSO_TAKEN]
+    for arg in args:
+        key = arg.lstrip("-").split("=")[0].strip()
+        if "=" in arg and key and key not in valid:
+            near = get_close_matches(key, valid, n=1, cutoff=0.0)[0]
+            raise ValueError(f"'{key}' is not a valid argument. Did you mean '{near}'?")
+
+
+def parse(args: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return the bare words and the ``key=value`` pairs, those of a ``cfg=`` file included."""
+    from ultralytics.cfg import merge_equals_args, parse_key_value_pair
+    from ultralytics.utils import YAML
+    from ultralytics.utils.checks import check_yaml
+
+    words: list[str] = []
+    overrides: dict[str, Any] = {}
+    for arg in merge_equals_args(args):
+        arg = arg.lstrip("-").rstrip(",")
+        if "=" not in arg:
+            words.append(arg)
+            continue
+        key, value = parse_key_value_pair(arg)
+        if key == "cfg" and value is not None:
+            content = YAML.load(check_yaml(value))
+            check_keys([f"{k}=" for k in content])
+            overrides = {**{k: v for k, v in content.items() if k != "cfg"}, **overrides}
+        else:
+            overrides[key] = value
+    if "data" in overrides:
+        overrides["data"] = resolve_data(overrides["data"])
+    return words, overrides
+
+
+def plan(words: list[str], overrides: dict[str, Any]) -> Callable[[], Any]:
+    """Return what the command does: train with a trainer of ours, or whatever 'yolo' does.
+
+    Raises:
+        ValueError: If settings of SOS are given where they would have no effect, or a word is unknown.
+        TypeError: If the model has no final linear layer that SOS can shift.
+    """
+    from ultralytics.cfg import MODES
+
+    settings = {k: v for k, v in overrides.items() if is_sos_key(k)}
+    host = {k: v for k, v in overrides.items() if not is_sos_key(k)}
+    if "sos" in words:
+        words, settings["sos"] = [w for w in words if w != "sos"], True  # as 'yolo train exist_ok' sets exist_ok
+    config = SOSConfig.from_dict(settings)
+    given = ", ".join(f"{k}={v}" for k, v in settings.items())
+    if next((w for w in words if w in MODES), host.get("mode")) != "train":
+        if settings:
+            raise ValueError(f"{given}: settings of SOS belong to 'yolo-sos train'.")
+        return lambda: run_host(words, host)
+    if settings and "sos" not in settings:
+        raise ValueError(f"{given} without sos=true would train without SOS. Add sos=true.")
+    return plan_training(words, host, settings, config)
+
+
+def plan_training(
+    words: list[str], host: dict[str, Any], settings: dict[str, Any], config: SOSConfig
+) -> Callable[[], Any]:
+    """Return a training by a trainer of ours, which is the host's as long as SOS is off; or by the host's own."""
+    from ultralytics import YOLO
+    from ultralytics.cfg import DEFAULT_CFG_DICT, MODES, TASK2DATA, TASK2MODEL, TASKS
+    from ultralytics.utils import LOGGER
+
+    from yolo_sos.heads import final_layers, select_layers
+    from yolo_sos.train import TRAINERS
+
+    task = next((w for w in words if w in TASKS), host.get("task"))
+    arguments = {k: v for k, v in host.items() if k not in {"task", "mode"}}
+    for word in (w for w in words if w not in TASKS and w not in MODES):
+        if not isinstance(DEFAULT_CFG_DICT.get(word), bool):
+            raise ValueError(f"'{word}' is not a task, a mode or a switch. Arguments are written key=value.")
+        arguments[word] = True
+    resume = arguments.get("resume")
+    if resume and resume is not True:
+        arguments["model"] = resume  # 'yolo' would load its default model first
+    elif resume and not arguments.get("model"):
+        raise ValueError("resume needs the checkpoint to resume from: resume=path/to/last.pt")
+    model_name = arguments.get("model") or TASK2MODEL[task or "detect"]
+    try:
+        model = YOLO(model_name, task=task)
+    except NotImplementedError:  # a YAML of another family, such as RT-DETR
+        if config.sos:
+            raise TypeError(
+                f"{model_name} is not a YOLO model: it has no final linear layers that SOS can shift."
+            ) from None
+        return lambda: run_host(words, host)
+    if config.sos:
+        select_layers(final_layers(model.model), config.kinds())
+    if type(model) is not YOLO or model.task not in TRAINERS:
+        if config.sos:
+            raise ValueError(f"sos=true does not support task={model.task} yet. It does: {', '.join(TRAINERS)}.")
+        return lambda: run_host(words, host)
+    if not resume and arguments.get("data") is None:
+        arguments["data"] = TASK2DATA[model.task]
+        LOGGER.warning(f"'data' argument is missing. Using default 'data={arguments['data']}'.")
+    arguments["model"] = model_name
+    return lambda: model.train(trainer=TRAINERS[model.task], **arguments, **settings)
+
+
+def run_host(words: list[str], overrides: dict[str, Any]) -> None:
+    """Run 'yolo' with these arguments."""
+    # The host reads sys.argv through a name of its own that it binds once: the same list, so it is filled in place.
+    sys.argv[:] = ["yolo", *words, *(f"{k}={v}" for k, v in overrides.items())]
+    from ultralytics.cfg import entrypoint
+
+    entrypoint()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+# yolo-sos, AGPL-3.0
+"""The ``sos*`` settings: defaults from ``cfg/sos.yaml``, ranges, and errors that name the key."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from yolo_sos.core import Method
+
+METHODS = ("principal", "expected", "budget", "full", "rows")
+WEIGHTINGS = ("balanced", "confidence", "uniform")
+SOLVERS = ("svd", "qr", "gauss")
+KINDS = ("box", "cls", "mask", "kpt", "angle", "linear")
+
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel carries cfg/ inside the package; in a checkout it lies beside it.
+CFG_DIR = _PACKAGE / "cfg" if (_PACKAGE / "cfg").is_dir() else _PACKAGE.parent / "cfg"
+SOS_YAML = CFG_DIR / "sos.yaml"
+
+
+def resolve_data(data: Any) -> Any:
+    """Return the path of a data set YAML that comes with yolo-sos, such as ``digits.yaml``; anything else as it is.
+
+    A file of that name in the working directory goes first, as everywhere in Ultralytics.
+    """
+    if isinstance(data, str) and not Path(data).exists():
+        path = CFG_DIR / "datasets" / Path(data).with_suffix(".yaml").name
+        if Path(data).name == data and path.is_file():
+            return str(path)
+    return data
+
+
+def is_sos_key(key: str) -> bool:
+    """Tell whether a setting is ours: ``sos`` or anything that starts with ``sos_``."""
+    return key == "sos" or key.startswith("sos_")
+
+
+@dataclass(frozen=True)
+class SOSConfig:
+    """The ``sos*`` settings; ``cfg/sos.yaml`` holds their defaults and says what each does.
+
+    Attributes:
+        sos (bool): On or off.
+        sos_method (str): ``principal``, ``expected``, ``budget``, ``full`` or ``rows``.
+        sos_rank (int | float): An int of at least 1, or a fraction of d in (0, 1] as a float.
+        sos_weighting (str): ``balanced``, ``confidence`` or ``uniform``.
+        sos_budget (float): In [0, 1).
+        sos_solver (str): ``svd``, ``qr`` or ``gauss``.
+        sos_start (float): In [0, 1].
+        sos_interval (int): At least 1, epochs.
+        sos_images (int): At least 1.
+        sos_layers (str | list[str]): ``all`` or kinds of layers.
+        sos_guard (float | None): At least 0, or None.
+    """
+
+    sos: bool
+    sos_method: str
+    sos_rank: int | float
+    sos_weighting: str
+    sos_budget: float
+    sos_solver: str
+    sos_start: float
+    sos_interval: int
+    sos_images: int
+    sos_layers: str | list[str]
+    sos_guard: float | None
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """Return the names of all settings."""
+        return [f.name for f in fields(cls)]
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> SOSConfig:
+        """Return the defaults overridden by ``settings``, checked.
+
+        Raises:
+            ValueError: If a key is unknown or a value out of range; names the key, the value and what would be right.
+        """
+        keys = cls.keys()
+        for key in settings:
+            if key not in keys:
+                near = get_close_matches(key, keys, n=1, cutoff=0.0)[0]
+                raise ValueError(f"'{key}' is not a setting of SOS. Did you mean '{near}'? See 'yolo-sos cfg'.")
+        defaults = yaml.safe_load(SOS_YAML.read_text(encoding="utf-8"))
+        return cls(**{key: _CHECKS[key](key, settings.get(key, defaults[key])) for key in keys})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values, as YAML and checkpoints keep them."""
+        return asdict(self)
+
+    def method(self) -> Method:
+        """Return the settings that say how weights are found, as the core takes them."""
+        from yolo_sos.core import Method  # loads torch, which reading settings must not
+
+        return Method(self.sos_method, self.sos_rank, self.sos_budget, self.sos_solver, self.sos_weighting)
+
+    def kinds(self) -> tuple[str, ...]:
+        """Return the kinds of layers to shift."""
+        return KINDS if isinstance(self.sos_layers, str) else tuple(self.sos_layers)
+
+
+def _error(key: str, value: Any, right: str) -> ValueError:
+    return ValueError(f"'{key}={value}' is invalid: {key} must be {right}.")
+
+
+def _bool(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _error(key, value, "true or false")
+    return value
+
+
+def _choice(*choices: str):
+    def check(key: str, value: Any) -> str:
+        if value not in choices:
+            near = get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+            raise ValueError(f"'{key}={value}' is invalid: {key} must be one of {', '.join(choices)}; nearest: {near}.")
+        return value
+
+    return check
+
+
+def _real(right: str, accept, integer: bool = False):
+    """Return a check for a finite number that ``accept`` takes; ``right`` says in words what that is."""
+
+    def check(key: str, value: Any):
+        number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not accept(value):
+            raise _error(key, value, right)
+        return value if integer else float(value)
+
+    return check
+
+
+def _rank(key: str, value: Any) -> int | float:
+    right = "an integer of at least 1, or a fraction of d: a float above 0 and up to 1.0"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _error(key, value, right)
+    if not (value >= 1 if isinstance(value, int) else 0.0 < value <= 1.0):
+        raise _error(key, value, right)
+    return value
+
+
+def _layers(key: str, value: Any) -> str | list[str]:
+    kinds = value.split(",") if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
+    kinds = [str(kind).strip() for kind in kinds]
+    if kinds == ["all"]:
+        return "all"
+    wrong = [kind for kind in kinds if kind not in KINDS]
+    if wrong or not kinds:
+        raise _error(key, value, f"'all' or a list of {', '.join(KINDS)}")
+    return kinds
+
+
+def _guard(key: str, value: Any) -> float | None:
+    if value is None or (isinstance(value, str) and value.lower() == "none"):  # YAML knows 'null', users write 'none'
+        return None
+    return _real("a number of at least 0, or none", lambda x: x >= 0)(key, value)
+
+
+_CHECKS = {
+    "sos": _bool,
+    "sos_method": _choice(*METHODS),
+    "sos_rank": _rank,
+    "sos_weighting": _choice(*WEIGHTINGS),
+    "sos_budget": _real("a number of at least 0 and less than 1", lambda x: 0 <= x < 1),
+    "sos_solver": _choice(*SOLVERS),
+    "sos_start": _real("a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "sos_interval": _real("an integer of at least 1", lambda x: x >= 1, integer=True),
+    "sos_images": _real("an integer of at least 1", lambda x: x >= 1, integer=True),
+    "sos_layers": _layers,
+    "sos_guard": _guard,
+}

@@ -1,0 +1,365 @@
+# yolo-sos, AGPL-3.0
+"""One shift of a model's final layers: sample, capture, solve, guard, write."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yolo_sos.core.capture import InputCapture
+from yolo_sos.core.layers import FinalLayer, input_rows, output_rows, weight_matrix, write_weight
+from yolo_sos.core.solver import (
+    OK,
+    SOLVERS,
+    ShiftResult,
+    as_float64,
+    budgeted_shift,
+    expected_shift,
+    minimum_norm_shift,
+    principal_shift,
+)
+from yolo_sos.core.task import Task
+from yolo_sos.core.weighting import WEIGHTINGS, GroupedGram, RowSample, row_weights
+
+METHODS = ("principal", "expected", "budget", "full", "rows")
+STEPS = (1.0, 0.5, 0.25, 0.0)  # t of V + t(V* − V), in the order in which the guard tries them
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the weights of one layer are found.
+
+    Attributes:
+        name (str): ``principal``, ``expected``, ``budget``, ``full`` or ``rows``.
+        rank (int | float): Rank kept (``principal``), rows expected (``expected``) or drawn (``rows``): an int, or a
+            float up to 1.0 as a fraction of the layer's d.
+        budget (float): ε of ``budget``.
+        solver (str): For ``rows``: ``svd``, ``qr`` or ``gauss``.
+        weighting (str): ``balanced``, ``confidence`` or ``uniform``.
+    """
+
+    name: str = "principal"
+    rank: int | float = 0.5
+    budget: float = 0.01
+    solver: str = "svd"
+    weighting: str = "balanced"
+
+    def __post_init__(self):
+        """Refuse unknown names here, where they are written, and not in the middle of a shift."""
+        for value, choices in ((self.name, METHODS), (self.solver, SOLVERS), (self.weighting, WEIGHTINGS)):
+            if value not in choices:
+                raise ValueError(f"'{value}' is unknown. Choose one of {', '.join(choices)}.")
+
+    def rank_of(self, d: int) -> int:
+        """Return the rank for a layer of input size d; what exceeds d is cut to it, except for drawn rows."""
+        rank = max(1, round(self.rank * d)) if isinstance(self.rank, float) else self.rank
+        return rank if self.name == "rows" else min(rank, d)
+
+    def accumulator(self, d: int, generator: torch.Generator) -> GroupedGram | RowSample:
+        """Return what collects the rows of a layer of input size d."""
+        return RowSample(d, self.rank_of(d), generator) if self.name == "rows" else GroupedGram(d)
+
+    def solve(self, rows: GroupedGram | RowSample, weight: Tensor) -> ShiftResult:
+        """Return the shift of ``weight`` ``(out, d)`` for the rows collected."""
+        if isinstance(rows, RowSample):
+            return minimum_norm_shift(rows.sample.to(weight.device), weight, method=self.solver)
+        if self.name == "expected":
+            return expected_shift(rows.gram, weight, rows=self.rank_of(rows.d))
+        if self.name == "budget":
+            return budgeted_shift(rows.gram, weight, budget=self.budget)
+        return principal_shift(rows.gram, weight, rank=None if self.name == "full" else self.rank_of(rows.d))
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What a shift did to one layer, at the accepted step t.
+
+    Attributes:
+        name (str): Qualified name of the layer.
+        kind (str): ``box``, ``cls``, ``mask``, ``kpt``, ``angle`` or ``linear``.
+        scale (int): Detection level.
+        d (int): Length of an input row.
+        rows (int): Rows seen.
+        rank (float): Rank of the full shift (t = 1), numerical or effective.
+        norm_before (float): ‖V‖_F.
+        norm_after (float): ‖V_t‖_F.
+        deviation (float): ``‖A(V_t−V)ᵀ‖_F / ‖AVᵀ‖_F`` on the rows that the solver saw, weighted as it saw them.
+        status (str): See ``ShiftResult.status``.
+    """
+
+    name: str
+    kind: str
+    scale: int
+    d: int
+    rows: int
+    rank: float
+    norm_before: float
+    norm_after: float
+    deviation: float
+    status: str
+
+
+@dataclass(frozen=True)
+class ShiftReport:
+    """What one shift did to a model.
+
+    Attributes:
+        layers (tuple[LayerRecord, ...]): One record per layer.
+        heldout_before (float): Task loss per held-out image before the shift; nan without a guard.
+        heldout_after (float): The same at the accepted step.
+        step (float): The accepted t; 0 if nothing was written.
+        milliseconds (dict[str, float]): Wall time of ``sample`` (waiting for batches), ``forward``, ``rows``
+            (collecting), ``solve``, ``guard`` and ``write``.
+    """
+
+    layers: tuple[LayerRecord, ...]
+    heldout_before: float
+    heldout_after: float
+    step: float
+    milliseconds: dict[str, float]
+
+    @property
+    def status(self) -> str:
+        """``ok``, or why nothing was written: the first failed solve, or ``guarded``."""
+        failed = [f"{r.status} in {r.name}" for r in self.layers if r.status != OK]
+        return failed[0] if failed else OK if self.step > 0 else "guarded"
+
+    @property
+    def norm_ratio(self) -> float:
+        """``Σ‖V_t‖² / Σ‖V‖²`` over the layers."""
+        before = sum(r.norm_before**2 for r in self.layers)
+        return sum(r.norm_after**2 for r in self.layers) / before if 0 < before < math.inf else 1.0
+
+    @property
+    def rank(self) -> float:
+        """Mean rank over the layers."""
+        return sum(r.rank for r in self.layers) / len(self.layers)
+
+    @property
+    def deviation(self) -> float:
+        """Mean deviation over the layers."""
+        return sum(r.deviation for r in self.layers) / len(self.layers)
+
+
+class Stopwatch:
+    """Wall time by phase; waits for the device first, so that each phase pays for its own kernels."""
+
+    def __init__(self, device: torch.device):
+        """Start the clock."""
+        self.device = device
+        self.milliseconds = dict.fromkeys(("sample", "forward", "rows", "solve", "guard", "write"), 0.0)
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Charge what passed since the last lap to ``phase``."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.milliseconds[phase] += 1e3 * (now - self._last)
+        self._last = now
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own train/eval mode comes back, whatever happens."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode  # not train(): it would overrule frozen BatchNorm below
+
+
+class HeldOut:
+    """The task loss on held-out batches as a function of the final layers' weights alone.
+
+    Each batch runs through the model once; after that only the final layers are evaluated, on their captured inputs.
+    """
+
+    def __init__(self, task: Task, layers: Sequence[FinalLayer]):
+        """``layers`` are all that the task needs for ``replay``, shifted or not."""
+        self.task = task
+        self.layers = layers
+        self.batches: list[tuple[Any, Any, dict[str, Tensor]]] = []
+
+    def add(self, batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
+        """Keep a batch, its output and the inputs of the layers."""
+        self.batches.append((batch, output, inputs))
+
+    def loss(self, weights: dict[str, Tensor]) -> float:
+        """Return the mean loss per image with ``weights`` (layer name → ``(out, d)``); other layers keep theirs."""
+        total, images = 0.0, 0
+        for batch, output, inputs in self.batches:
+            outputs = {}
+            for layer in self.layers:
+                weight = weights.get(layer.name, weight_matrix(layer.module))
+                parameters = {"weight": weight.view_as(layer.module.weight)}  # type: ignore[arg-type]
+                outputs[layer.name] = torch.func.functional_call(layer.module, parameters, inputs[layer.name])
+            size = self.task.size(batch)
+            total += size * float(self.task.loss(self.task.replay(output, outputs), batch))
+            images += size
+        return total / images if images else float("nan")
+
+
+def shift_layers(
+    model: nn.Module,
+    layers: Sequence[FinalLayer],
+    fit: Iterable[Any],
+    task: Task,
+    *,
+    heldout: Iterable[Any] = (),
+    shifted: Sequence[FinalLayer] | None = None,
+    method: Method | None = None,
+    guard: float | None = 0.0,
+    seed: int = 0,
+) -> ShiftReport:
+    """Shift the final layers of a model in place.
+
+    Everything is computed before anything is written. A failed solve leaves the model as it was, which the report's
+    ``status`` tells. An exception at any point leaves every weight bit-identical, every hook removed, and every module
+    in its train or eval mode.
+
+    Args:
+        model (nn.Module): The model that the layers belong to.
+        layers (Sequence[FinalLayer]): All final layers of its output.
+        fit (Iterable): Batches that the shift is fitted on, consumed once.
+        task (Task): How to run and judge a batch.
+        heldout (Iterable): Other batches, for the guard; consumed once, inputs of the final layers kept.
+        shifted (Sequence[FinalLayer], optional): Those of ``layers`` to shift. None: all.
+        method (Method, optional): How. None: ``Method()``.
+        guard (float, optional): Largest relative rise of the held-out loss. Where a full step rises more, steps of ½
+            and ¼ along V* − V are tried, then 0. None: no guard, ``heldout`` is not read.
+        seed (int): Seeds the drawing of rows.
+
+    Returns:
+        (ShiftReport): One record per shifted layer, held-out loss before and after, accepted step, times.
+
+    Raises:
+        ValueError: If there is nothing to shift or to fit on, or a guard without held-out batches.
+        RuntimeError: If the forward pass does not reach a layer.
+    """
+    method = method or Method()
+    shifted = list(layers if shifted is None else shifted)
+    if not shifted:
+        raise ValueError("There is no layer to shift.")
+    generator = torch.Generator().manual_seed(seed)
+    collected = {layer.name: method.accumulator(weight_matrix(layer.module).shape[1], generator) for layer in shifted}
+    watched = list({layer.name: layer for layer in layers}.values())
+    kept = HeldOut(task, watched)
+    watch = Stopwatch(shifted[0].module.weight.device)  # type: ignore[arg-type]
+
+    with evaluation(model), InputCapture(watched) as capture:
+        for batch in fit:
+            watch.lap("sample")
+            task.forward(model, batch)
+            inputs = capture.take()
+            watch.lap("forward")
+            _collect(method, task, watched, collected, inputs, batch)
+            watch.lap("rows")
+        if not any(rows.rows for rows in collected.values()):
+            raise ValueError("There is nothing to fit on: no batch had a row.")
+        for batch in heldout if guard is not None else ():
+            watch.lap("sample")
+            output = task.forward(model, batch)
+            kept.add(batch, output, capture.take())
+            watch.lap("forward")
+        results = {layer.name: method.solve(collected[layer.name], weight_matrix(layer.module)) for layer in shifted}
+        watch.lap("solve")
+        if guard is not None and not kept.batches:
+            raise ValueError("The guard needs held-out batches; pass some, or guard=None.")
+        step, before, after = _guard(shifted, results, kept, guard)
+        watch.lap("guard")
+
+    if step > 0:
+        _write([(layer, stepped(layer, results[layer.name], step)) for layer in shifted])
+    watch.lap("write")
+    records = tuple(_record(layer, collected[layer.name].rows, results[layer.name], step) for layer in shifted)
+    return ShiftReport(records, before, after, step, watch.milliseconds)
+
+
+def _collect(
+    method: Method,
+    task: Task,
+    layers: Sequence[FinalLayer],
+    collected: dict[str, GroupedGram | RowSample],
+    inputs: dict[str, Tensor],
+    batch: Any,
+) -> None:
+    """Add one batch's rows to each layer's accumulator, weighted by what their class layer says of them."""
+    rows = {layer.name: input_rows(layer.module, inputs[layer.name]) for layer in layers}
+    by_name = {layer.name: layer for layer in layers}
+    probabilities: dict[str, Tensor] = {}
+    for layer in layers:
+        if layer.name not in collected:
+            continue
+        if layer.classifier not in probabilities:
+            classifier = by_name[layer.classifier]
+            logits = output_rows(classifier.module, rows[classifier.name])
+            probabilities[classifier.name] = task.probabilities(classifier, logits, batch)
+        weights = row_weights(method.weighting, layer.kind, probabilities[layer.classifier])
+        collected[layer.name].update(rows[layer.name], weights)
+
+
+def _guard(
+    layers: Sequence[FinalLayer], results: dict[str, ShiftResult], heldout: HeldOut, guard: float | None
+) -> tuple[float, float, float]:
+    """Return the accepted step and the held-out loss before and after it."""
+    failed = any(result.status != OK for result in results.values())
+    if guard is None:
+        return (0.0 if failed else 1.0), float("nan"), float("nan")
+    before = heldout.loss({})
+    if failed or not math.isfinite(before):
+        return 0.0, before, before
+    for step in STEPS:
+        after = heldout.loss({layer.name: stepped(layer, results[layer.name], step) for layer in layers})
+        if after <= before + guard * abs(before):  # a loss that is not a number is not accepted
+            return step, before, after
+    return 0.0, before, before
+
+
+def stepped(layer: FinalLayer, result: ShiftResult, step: float) -> Tensor:
+    """Return ``V + step · (V* − V)``, ``(out, d)``, in the layer's dtype and device: what would be written."""
+    weight = weight_matrix(layer.module)
+    if step in {0.0, 1.0}:
+        return weight if step == 0.0 else result.weight
+    v, target = as_float64(weight), as_float64(result.weight)
+    return (v + step * (target - v)).to(weight.dtype).to(weight.device)
+
+
+def _write(weights: Sequence[tuple[FinalLayer, Tensor]]) -> None:
+    """Write all of the weights, or none of them."""
+    before = [(layer, weight_matrix(layer.module).clone()) for layer, _ in weights]
+    try:
+        for layer, weight in weights:
+            write_weight(layer.module, weight)
+    except BaseException:  # KeyboardInterrupt too
+        for layer, weight in before:
+            write_weight(layer.module, weight)
+        raise
+
+
+def _record(layer: FinalLayer, rows: int, result: ShiftResult, step: float) -> LayerRecord:
+    """Return what happened to one layer."""
+    after = float(as_float64(weight_matrix(layer.module)).norm())
+    d = weight_matrix(layer.module).shape[1]
+    return LayerRecord(
+        layer.name,
+        layer.kind,
+        layer.scale,
+        d,
+        rows,
+        result.rank,
+        result.norm_before,
+        after if step > 0 else result.norm_before,
+        step * result.deviation,
+        result.status,
+    )

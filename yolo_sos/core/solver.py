@@ -1,0 +1,309 @@
+# yolo-sos, AGPL-3.0
+"""The smallest weights with the same outputs: one linear layer, one system.
+
+Source: Zhou, Li, Feng, Huang, *Improving Generalization of Deep Neural Networks by Optimum Shifting*, AAAI 2025
+(arXiv 2405.14111). A final layer computes ``Z = A Vᵀ + b``. Of all V with the same Z on the rows of A, the one of least
+Frobenius norm is ``V* = V P`` with P the orthogonal projector on the row space of A. ``minimum_norm_shift`` computes it
+from rows; the spectral shifts generalise it to ``V* = V U diag(f) Uᵀ`` with U the eigenvectors of the rows' second
+moment ``G = Σ w aᵀa`` and a filter f of its eigenvalues.
+
+Everything is computed in float64, whatever comes in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from yolo_sos.core.gram import Gram
+
+OK, NON_FINITE, RANK_ZERO = "ok", "non-finite", "rank-zero"  # ShiftResult.status
+
+
+@dataclass(frozen=True)
+class ShiftResult:
+    """What a shift did to one weight matrix.
+
+    Attributes:
+        weight (Tensor): ``(out, d)``, dtype and device of the weight that came in; that very tensor unless status is
+            ok.
+        rank (float): Dimension of the subspace kept: numerical (an integer), or effective, Σf, for smooth filters.
+        norm_before (float): Frobenius norm of V.
+        norm_after (float): Frobenius norm of V*, in float64, before it is rounded to the weight's dtype.
+        deviation (float): Relative change of the outputs without bias, ``‖A(V*−V)ᵀ‖_F / ‖AVᵀ‖_F``, rows weighted as in
+            G; 0 where there is no output to change.
+        status (str): ``ok``; ``non-finite``: NaN or Inf in the input, or an overflow on the way; ``rank-zero``: the
+            rows span nothing.
+    """
+
+    weight: Tensor
+    rank: float
+    norm_before: float
+    norm_after: float
+    deviation: float
+    status: str = OK
+
+
+def as_float64(x: Tensor) -> Tensor:
+    """Return ``x`` in float64, on the CPU where its device has none (MPS)."""
+    return (x.cpu() if x.device.type == "mps" else x).detach().double()
+
+
+def unchanged(weight: Tensor, status: str) -> ShiftResult:
+    """Return a result that says why ``weight`` stays as it is."""
+    norm = float(as_float64(weight).norm())
+    return ShiftResult(weight, 0.0, norm, norm, 0.0, status)
+
+
+# One linear system ----------------------------------------------------------------------------------------------------
+def minimum_norm_shift(
+    features: Tensor, weight: Tensor, *, rtol: float | None = None, method: str = "svd"
+) -> ShiftResult:
+    """Return the weight of least norm that gives the same outputs on every row of ``features``.
+
+    Args:
+        features (Tensor): A ``(n, d)``, any float dtype and device.
+        weight (Tensor): V ``(out, d)``, any float dtype and device.
+        rtol (float, optional): Singular values (``gauss``: pivots) up to ``rtol`` times the largest count as zero. None:
+            ``max(n, d) · eps`` of the dtype of ``features``, taken as float32 for the half precisions, whose own eps
+            would throw away directions that carry signal.
+        method (str): ``svd``: singular value decomposition of A. ``qr``: QR of the taller of A and Aᵀ, then the SVD
+            of the small triangular factor, which alone decides on the rank. ``gauss``: Algorithm 1 of the paper.
+
+    Returns:
+        (ShiftResult): ``rank`` is the numerical rank of A.
+
+    Raises:
+        ValueError: If shapes do not fit, ``method`` is unknown or ``rtol`` is not in [0, 1).
+    """
+    if features.ndim != 2 or weight.ndim != 2 or features.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"features {tuple(features.shape)} and weight {tuple(weight.shape)} do not fit: "
+            "expected (n, d) and (out, d)."
+        )
+    if method not in _METHODS:
+        raise ValueError(f"method='{method}' is unknown. Choose one of {', '.join(_METHODS)}.")
+    if rtol is None:
+        eps = torch.finfo(features.dtype if features.dtype == torch.float64 else torch.float32).eps
+        rtol = min(max(features.shape) * eps, 0.5)
+    if not 0.0 <= rtol < 1.0:
+        raise ValueError(f"rtol={rtol} must be at least 0 and less than 1.")
+    a, v = as_float64(features), as_float64(weight).to(as_float64(features[:0]).device)
+    if not (a.isfinite().all() and v.isfinite().all()):
+        return unchanged(weight, NON_FINITE)
+    if not a.any():  # no rows, or all of them zero: V* would be 0, and nothing is known about V
+        return unchanged(weight, RANK_ZERO)
+    # The span does not know how long a row is; nor should "zero" depend on it.
+    peak = a.abs().amax(1, keepdim=True)
+    shifted, rank = _METHODS[method](a / torch.where(peak > 0, peak, 1.0), v, rtol)
+    a = a / peak.max()  # the deviation is relative, and squares of 1e200 are not finite
+    return _result(weight, v, shifted, rank, outputs=a @ v.T, change=a @ (shifted - v).T)
+
+
+def _result(weight: Tensor, v: Tensor, shifted: Tensor, rank: float, outputs: Tensor, change: Tensor) -> ShiftResult:
+    if rank == 0:
+        return unchanged(weight, RANK_ZERO)
+    norm_before, norm_after, size = float(v.norm()), float(shifted.norm()), float(outputs.norm())
+    deviation = float(change.norm()) / size if size > 0 else 0.0
+    new = shifted.to(weight.device if weight.device.type != "mps" else "cpu", weight.dtype).to(weight.device)
+    # The new weight too: an entry of V* can be larger than any of V, more than float16 holds.
+    if not (new.isfinite().all() and all(map(math.isfinite, (norm_before, norm_after, size, deviation)))):
+        return unchanged(weight, NON_FINITE)
+    return ShiftResult(new, float(rank), norm_before, norm_after, deviation)
+
+
+def _svd(a: Tensor, v: Tensor, rtol: float) -> tuple[Tensor, int]:
+    _, s, basis = torch.linalg.svd(a, full_matrices=False)  # basis (min(n, d), d), rows orthonormal
+    # Not >=: with rtol=0 a singular value of exactly zero must not count.
+    rank = int((s > rtol * s[0]).sum())
+    return v @ basis[:rank].T @ basis[:rank], rank
+
+
+def _qr(a: Tensor, v: Tensor, rtol: float) -> tuple[Tensor, int]:
+    n, d = a.shape
+    if n >= d:
+        return _svd(torch.linalg.qr(a, mode="r").R, v, rtol)  # A = QR: A and R (d, d) have the same row space
+    q, r = torch.linalg.qr(a.T)  # Aᵀ = QR with Q (d, n), R (n, n)
+    u, s, _ = torch.linalg.svd(r)
+    rank = int((s > rtol * s[0]).sum())
+    basis = q @ u[:, :rank]  # (d, rank)
+    return v @ basis @ basis.T, rank
+
+
+def _gauss(a: Tensor, v: Tensor, rtol: float) -> tuple[Tensor, int]:
+    """Algorithm 1: row-echelon form of [A | Z], zero rows dropped, then V*ᵀ = A'ᵀ(A'A'ᵀ)⁻¹Z'."""
+    n, d = a.shape
+    system = torch.cat([a, a @ v.T], dim=1)  # the outputs Z follow every row operation
+    rank = 0
+    while rank < n:
+        # Complete pivoting: the largest entry left, in any column. Only it tells the rank reliably; the pivots'
+        # columns, in their order, are those of the row-echelon form.
+        rest = system[rank:, :d].abs()
+        pivot, column = divmod(int(rest.argmax()), d)
+        if float(rest[pivot, column]) <= rtol:
+            break  # what elimination left of rows that are zero in exact arithmetic
+        pivot += rank
+        system[[rank, pivot]] = system[[pivot, rank]]
+        factors = system[rank + 1 :, column] / system[rank, column]
+        system[rank + 1 :] -= torch.outer(factors, system[rank])
+        system[rank + 1 :, column] = 0.0
+        rank += 1
+    if rank == 0:
+        return v, 0
+    system = system[:rank]  # the rest are the zero rows
+    system = system / system[:, :d].norm(dim=1, keepdim=True)  # halves the digits that A'A'ᵀ loses
+    a, z = system[:, :d], system[:, d:]
+    lu, pivots = torch.linalg.lu_factor(a @ a.T)
+    x = a.T @ torch.linalg.lu_solve(lu, pivots, z)  # V*ᵀ (d, out)
+    # The normal equations square the condition number; one step of iterative refinement gives those digits back.
+    x = x + a.T @ torch.linalg.lu_solve(lu, pivots, z - a @ x)
+    return x.T, rank
+
+
+_METHODS: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, int]]] = {"svd": _svd, "qr": _qr, "gauss": _gauss}
+SOLVERS = tuple(_METHODS)
+
+
+# Spectral shifts ------------------------------------------------------------------------------------------------------
+def principal_shift(gram: Gram, weight: Tensor, *, rank: int | None = None) -> ShiftResult:
+    """Keep the part of V in the ``rank`` leading eigenvectors of G: f = 1 for the largest eigenvalues, 0 for the rest.
+
+    Args:
+        gram (Gram): Second moment of the layer's inputs, of size d.
+        weight (Tensor): V ``(out, d)``, any float dtype and device.
+        rank (int, optional): Dimensions kept, 1 to d. None, or more than the numerical rank of G: the numerical rank,
+            which is OS over all rows: the outputs stay, only null directions go.
+
+    Returns:
+        (ShiftResult): ``rank`` is the number of eigenvectors kept.
+
+    Raises:
+        ValueError: If ``rank`` is not in 1 … d, or sizes do not fit.
+    """
+    if rank is not None and rank not in range(1, gram.d + 1):  # not 2.5 either
+        raise ValueError(f"rank={rank} must be an integer from 1 to d={gram.d}.")
+
+    def leading(eigenvalues: Tensor, energy: Tensor) -> Tensor:
+        f = torch.ones_like(eigenvalues)
+        if rank is not None:
+            f[int(rank) :] = 0.0
+        return f
+
+    return _spectral_shift(gram, weight, leading)
+
+
+def expected_shift(gram: Gram, weight: Tensor, *, rows: float) -> ShiftResult:
+    """Take the expectation of row-sampled SOS: f = λ/(λ+μ) with Σf = ``rows``.
+
+    When n rows are drawn by a determinantal process with kernel AAᵀ/μ, the projector P_S on their span has the
+    expectation ``E[P_S] = G(G+μI)⁻¹``, and ``E[n] = tr G(G+μI)⁻¹`` (Dereziński & Mahoney, *Determinantal Point
+    Processes in Randomized Numerical Linear Algebra*, Notices of the AMS 68, 2021).
+
+    Args:
+        gram (Gram): Second moment of the layer's inputs, of size d.
+        weight (Tensor): V ``(out, d)``, any float dtype and device.
+        rows (float): Expected number of rows, the effective rank, above 0. From the numerical rank of G on, the full
+            shift: more is not attainable.
+
+    Returns:
+        (ShiftResult): ``rank`` is Σf, equal to ``rows`` to 1e-6 where attainable.
+
+    Raises:
+        ValueError: If ``rows`` is not a positive number, or sizes do not fit.
+    """
+    if not (math.isfinite(rows) and rows > 0):
+        raise ValueError(f"rows={rows} must be a positive number: the expected number of rows.")
+
+    def expected(eigenvalues: Tensor, energy: Tensor) -> Tensor:
+        if rows >= len(eigenvalues):
+            return torch.ones_like(eigenvalues)
+        # Σf falls from the rank at μ = 0 to 0 at μ = ∞.
+        return _ridge(eigenvalues, lambda f: float(f.sum()) < rows)
+
+    return _spectral_shift(gram, weight, expected)
+
+
+def budgeted_shift(gram: Gram, weight: Tensor, *, budget: float) -> ShiftResult:
+    """Take the least norm within an output budget: f = λ/(λ+μ) with ``‖A(V*−V)ᵀ‖_F = budget · ‖AVᵀ‖_F``.
+
+    It is the exact solution of ``min ‖V*‖_F`` under that constraint; μ is its inverse Lagrange multiplier.
+
+    Args:
+        gram (Gram): Second moment of the layer's inputs, of size d.
+        weight (Tensor): V ``(out, d)``, any float dtype and device.
+        budget (float): ε, at least 0 and less than 1. 0 is the full shift.
+
+    Returns:
+        (ShiftResult): ``deviation`` is ``budget`` to 1e-6.
+
+    Raises:
+        ValueError: If ``budget`` is outside [0, 1), or sizes do not fit.
+    """
+    if not 0.0 <= budget < 1.0:
+        raise ValueError(f"budget={budget} must be at least 0 and less than 1: a fraction of the outputs' norm.")
+
+    def budgeted(eigenvalues: Tensor, energy: Tensor) -> Tensor:
+        outputs = eigenvalues * energy
+        if budget == 0.0 or not outputs.any():
+            return torch.ones_like(eigenvalues)
+        total = float(outputs.sum())
+        return _ridge(eigenvalues, lambda f: float((outputs * (1 - f) ** 2).sum()) > budget**2 * total)
+
+    return _spectral_shift(gram, weight, budgeted)
+
+
+def _ridge(eigenvalues: Tensor, too_much: Callable[[Tensor], bool]) -> Tensor:
+    """Return f = λ/(λ+μ) at the μ where ``too_much``, monotone in μ, turns true: bisection on log μ."""
+    low = math.log(float(eigenvalues[-1])) - 45.0  # f = 1 to the last bit there, for every λ
+    high = math.log(float(eigenvalues[0])) + 45.0  # and f < 1e-19 there
+    for _ in range(200):  # ends when the interval cannot be halved in float64
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (low, middle) if too_much(_soft(eigenvalues, middle)) else (middle, high)
+    return _soft(eigenvalues, low)
+
+
+def _soft(eigenvalues: Tensor, log_mu: float) -> Tensor:
+    return torch.sigmoid(eigenvalues.log() - log_mu)  # λ/(λ+μ), with no overflow at either end
+
+
+def _spectral_shift(gram: Gram, weight: Tensor, spectral_filter: Callable[[Tensor, Tensor], Tensor]) -> ShiftResult:
+    """Return ``V U diag(f) Uᵀ``.
+
+    ``spectral_filter`` gets the r non-zero eigenvalues, descending, and the energies ``‖V u‖²`` of V along their
+    eigenvectors; it returns f ``(r,)``. Null directions always go.
+    """
+    if weight.ndim != 2 or weight.shape[1] != gram.d:
+        raise ValueError(f"weight {tuple(weight.shape)} does not fit a Gram of d={gram.d}: expected (out, {gram.d}).")
+    g = gram.matrix
+    v = as_float64(weight).to(g.device)
+    if not (g.isfinite().all() and v.isfinite().all()):
+        return unchanged(weight, NON_FINITE)
+    peak = float(g.abs().max())
+    if peak == 0.0:
+        return unchanged(weight, RANK_ZERO)
+    g = g / peak  # eigenvalues in a range where neither squares nor logarithms can run out
+    eigenvalues, vectors = torch.linalg.eigh((g + g.T) / 2)
+    eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)  # descending
+    # Rounding of the sum leaves eigenvalues of d·eps·λ_max where exact arithmetic has zeros.
+    rank = int((eigenvalues > gram.d * torch.finfo(torch.float64).eps * eigenvalues[0]).sum())
+    eigenvalues, vectors = eigenvalues[:rank], vectors[:, :rank]
+    projected = v @ vectors  # (out, r)
+    # On the CPU: finding μ takes a hundred comparisons of scalars.
+    f = spectral_filter(eigenvalues.cpu(), projected.square().sum(0).cpu()).to(v.device)
+    root = eigenvalues.sqrt()  # ‖A X‖_F² = tr(Xᵀ G X): the outputs' norm without the rows
+    return _result(
+        weight,
+        v,
+        (projected * f) @ vectors.T,
+        float(f.sum()),
+        outputs=projected * root,
+        change=projected * (f - 1) * root,
+    )

@@ -1,0 +1,140 @@
+# yolo-sos, AGPL-3.0
+"""Whose outputs matter: weights of rows, and the two accumulators that use them.
+
+A weighting turns what the model says of a row into columns of non-negative weights, one column per group of rows. Each
+group counts as much as any other:
+
+- ``uniform``: one group, every row alike.
+- ``confidence``: one group; class layers ``Σ_c p_c(1−p_c)`` (undecided rows), other layers ``max_c p_c`` (rows with
+  something in them).
+- ``balanced``: a group per class with weights ``p_c``; for the class layers of a detector also one for all rows, the
+  background.
+
+For the second moment that means ``G = Σ_g (Σᵢ w_ig aᵢᵀaᵢ) / (Σᵢ w_ig)``; drawn rows are divided evenly among the
+groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from yolo_sos.core.gram import CHUNK, Gram
+from yolo_sos.core.solver import as_float64
+
+WEIGHTINGS = ("balanced", "confidence", "uniform")
+
+
+def row_weights(weighting: str, kind: str, probabilities: Tensor) -> Tensor:
+    """Return the weight of each row in each group.
+
+    Args:
+        weighting (str): ``balanced``, ``confidence`` or ``uniform``.
+        kind (str): Kind of the layer that the rows are inputs of, see ``FinalLayer.kind``.
+        probabilities (Tensor): ``(n, C)`` class probabilities of the rows, in [0, 1]; labels as one-hot rows.
+
+    Returns:
+        (Tensor): ``(n, groups)``, non-negative, dtype and device of ``probabilities``.
+
+    Raises:
+        ValueError: If ``weighting`` is unknown.
+    """
+    p = probabilities
+    if weighting == "uniform":
+        return torch.ones_like(p[:, :1])
+    if weighting == "confidence":
+        undecided = kind in {"cls", "linear"}
+        return (p * (1 - p)).sum(1, keepdim=True) if undecided else p.amax(1, keepdim=True)
+    if weighting == "balanced":
+        # A classifier has no background: each of its rows belongs to a class.
+        return torch.cat([p, torch.ones_like(p[:, :1])], dim=1) if kind == "cls" else p
+    raise ValueError(f"weighting='{weighting}' is unknown. Choose one of {', '.join(WEIGHTINGS)}.")
+
+
+class GroupedGram:
+    """Second moment in which every group of rows counts the same: one ``Gram`` per group, streaming.
+
+    Args:
+        d (int): Length of a row.
+    """
+
+    def __init__(self, d: int):
+        """Start at zero; the number of groups comes with the first rows."""
+        self.d = d
+        self.groups: list[Gram] = []
+
+    def update(self, features: Tensor, weights: Tensor) -> None:
+        """Add rows ``features`` ``(n, d)`` with ``weights`` ``(n, groups)``."""
+        self.groups = self.groups or [Gram(self.d) for _ in range(weights.shape[1])]
+        for i in range(0, len(features), CHUNK):
+            chunk = as_float64(features[i : i + CHUNK])  # once, not once per group
+            for gram, w in zip(self.groups, weights[i : i + CHUNK].T, strict=True):
+                gram.update(chunk, w)
+
+    @property
+    def gram(self) -> Gram:
+        """The sum of the groups' mean second moments; groups without mass add nothing."""
+        total = Gram(self.d)
+        for group in self.groups:
+            total = total + group.mean()
+        total.rows = self.rows
+        return total
+
+    @property
+    def rows(self) -> int:
+        """Rows seen."""
+        return self.groups[0].rows if self.groups else 0
+
+
+class RowSample:
+    """Rows drawn without replacement, each group's in proportion to its weights, streaming.
+
+    Weighted reservoir sampling by exponential keys (Efraimidis & Spirakis, *Weighted random sampling with a reservoir*,
+    2006): of all rows the ones with the smallest ``Eᵢ/wᵢ``, E exponential, stay. Memory O(rows · d).
+
+    Args:
+        d (int): Length of a row.
+        rows (int): Rows to draw, divided evenly among the groups; what does not divide goes to groups drawn by lot. A
+            group with fewer rows of positive weight gives what it has. A row can be drawn by more than one group; its
+            span does not change by that.
+        generator (torch.Generator): Source of all randomness, on the CPU.
+    """
+
+    def __init__(self, d: int, rows: int, generator: torch.Generator):
+        """Start empty; the number of groups comes with the first rows."""
+        if rows < 1:
+            raise ValueError(f"rows={rows} must be at least 1.")
+        self.d = d
+        self.wanted = rows
+        self.rows = 0
+        self.generator = generator
+        self._quota: list[int] = []
+        self._kept: list[tuple[Tensor, Tensor]] = []  # per group: keys (k,), rows (k, d)
+
+    def update(self, features: Tensor, weights: Tensor) -> None:
+        """Offer rows ``features`` ``(n, d)`` with ``weights`` ``(n, groups)``."""
+        n, groups = weights.shape
+        if not self._quota:
+            share, rest = divmod(self.wanted, groups)
+            extra = set(torch.randperm(groups, generator=self.generator)[:rest].tolist())
+            self._quota = [share + (g in extra) for g in range(groups)]
+            self._kept = [(torch.empty(0, dtype=torch.float64), features[:0]) for _ in range(groups)]
+        self.rows += n
+        waiting = torch.empty(n, groups, dtype=torch.float64).exponential_(generator=self.generator)
+        # Weight 0 waits for ever. A row that is not a number is drawn for certain: the solver must see it.
+        keys = (waiting / weights.double().cpu()).nan_to_num(nan=0.0, posinf=torch.inf)
+        keys[~features.isfinite().all(1).cpu()] = 0.0
+        for g, quota in enumerate(self._quota):
+            pool = torch.cat([self._kept[g][0], keys[:, g]])
+            finite = int(pool.isfinite().sum())
+            best, index = pool.topk(min(quota, finite), largest=False)
+            held = len(self._kept[g][0])
+            old, new = index[index < held], index[index >= held] - held
+            order = torch.cat([(index < held).nonzero()[:, 0], (index >= held).nonzero()[:, 0]])
+            rows = torch.cat([self._kept[g][1][old.to(features.device)], features[new.to(features.device)]])
+            self._kept[g] = (best[order], rows)
+
+    @property
+    def sample(self) -> Tensor:
+        """The rows drawn, ``(at most rows, d)``, in the features' dtype and device."""
+        return torch.cat([rows for _, rows in self._kept]) if self._kept else torch.empty(0, self.d)

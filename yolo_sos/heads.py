@@ -1,0 +1,147 @@
+# yolo-sos, AGPL-3.0
+"""The final linear layers of an Ultralytics model, and how its head turns their outputs into predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from ultralytics.nn.modules import Classify, Detect, WorldDetect, YOLOEDetect
+
+from yolo_sos.core import FinalLayer
+
+KIND_OF_BRANCH = {  # the keys of Detect.one2many and one2one
+    "box_head": "box",
+    "cls_head": "cls",
+    "mask_head": "mask",
+    "pose_head": "kpt",
+    "kpts_head": "kpt",
+    "angle_head": "angle",
+    # kpts_sigma_head (YOLO26 pose) runs in training mode only: a shift, which runs in eval mode, never sees its input.
+}
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """Return the last module of an Ultralytics model (``model.model[-1]``), or the model itself if it has none."""
+    layers = getattr(model, "model", None)
+    return layers[-1] if isinstance(layers, nn.Sequential) else model
+
+
+def final_layers(model: nn.Module) -> list[FinalLayer]:
+    """Find the final linear layers of an Ultralytics model.
+
+    Args:
+        model (nn.Module): A detection, segmentation, pose, OBB or classification model of YOLOv3u, v5u, v6, v8 to v12
+            or 26. Of heads with a one-to-one branch, the layers of both branches.
+
+    Returns:
+        (list[FinalLayer]): One per branch, output and detection level, in the order of the head.
+
+    Raises:
+        TypeError: If the head has no such layers; the message says what was looked for.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    head = head_of(model)
+    if isinstance(head, Classify):
+        return [FinalLayer(names[head.linear], head.linear)]
+    if not isinstance(head, Detect) or isinstance(head, (WorldDetect, YOLOEDetect)):
+        why = " (its class scores come from text embeddings)" if isinstance(head, (WorldDetect, YOLOEDetect)) else ""
+        raise TypeError(
+            f"{type(model).__name__} ends in {type(head).__name__}{why}, which has no final linear layers that SOS can "
+            "shift. It looks for the last 1×1 convolutions of a Detect, Segment, Pose or OBB head of YOLOv3u, v5u, v6, "
+            "v8 to v12 or 26, or for the linear layer of a Classify head."
+        )
+    layers = []
+    for branch in _branches(head):
+        classifiers = [_last(tower) for tower in branch["cls_head"]]
+        for key, kind in KIND_OF_BRANCH.items():
+            for scale, tower in enumerate(branch.get(key, ())):
+                last = _last(tower)
+                if isinstance(last, nn.Conv2d):  # not so in YOLO26's pose_head, whose last layers stand in kpts_head
+                    layers.append(FinalLayer(names[last], last, kind, scale, classifier=names[classifiers[scale]]))
+    return layers
+
+
+def select_layers(layers: Sequence[FinalLayer], kinds: Iterable[str]) -> list[FinalLayer]:
+    """Return the layers of the given kinds.
+
+    Raises:
+        ValueError: If there are none; names the kinds that the model has.
+    """
+    kinds = list(kinds)
+    chosen = [layer for layer in layers if layer.kind in kinds]
+    if not chosen:
+        has = ", ".join(dict.fromkeys(layer.kind for layer in layers))
+        raise ValueError(f"sos_layers={','.join(kinds)} chooses no layer of this model. It has: {has}.")
+    return chosen
+
+
+def _branches(head: Detect) -> list[dict[str, Sequence[nn.Module]]]:
+    """Return the branches of a Detect head that exist: fusing removes one."""
+    branches = [head.one2many]
+    if getattr(head, "one2one_cv2", None) is not None:
+        branches.append(head.one2one)
+    return [branch for branch in branches if branch["box_head"] is not None]
+
+
+def _last(tower: nn.Module) -> nn.Module:
+    return tower[-1] if isinstance(tower, nn.Sequential) else tower
+
+
+class HostTask:
+    """An Ultralytics model and its loss as a ``yolo_sos.core.Task``.
+
+    Batches are the host's: dictionaries with ``img`` ``(B, C, H, W)`` and the task's targets, preprocessed.
+
+    Args:
+        model (nn.Module): The model to run; not compiled, not wrapped.
+        criterion (Callable, optional): ``criterion(predictions, batch) -> (loss, items)`` as the host makes them. None:
+            the model's own, made anew.
+    """
+
+    def __init__(self, model: nn.Module, criterion: Callable[..., tuple[Tensor, Any]] | None = None):
+        """Find the layers' place in the head."""
+        self.criterion = criterion or model.init_criterion()  # type: ignore[operator]
+        self.head = head_of(model)
+        self._names = {module: name for name, module in model.named_modules()}
+
+    def forward(self, model: nn.Module, batch: dict[str, Any]) -> Any:
+        """Return the raw predictions: the second element of what the head returns in eval mode."""
+        output = model(batch["img"])
+        return output[1] if isinstance(output, (tuple, list)) else output
+
+    def probabilities(self, layer: FinalLayer, logits: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Return labels as one-hot rows for a classifier; what the class layer says of each anchor point otherwise."""
+        if layer.kind == "linear":
+            return nn.functional.one_hot(batch["cls"].long().view(-1), logits.shape[1]).to(logits.dtype)
+        return logits.sigmoid()
+
+    def replay(self, output: Any, outputs: dict[str, Tensor]) -> Any:
+        """Return the predictions that other outputs of the final layers make, by the head's own ``forward_head``."""
+        if isinstance(self.head, Classify):
+            return outputs[self._names[self.head.linear]]
+        branches = _branches(self.head)
+        if "one2many" not in output:
+            return self._replay_branch(output, branches[0], outputs)
+        return {
+            name: self._replay_branch(output[name], branch, outputs)
+            for name, branch in zip(("one2many", "one2one"), branches, strict=True)
+        }
+
+    def _replay_branch(self, output: dict[str, Any], branch: dict[str, Any], outputs: dict[str, Tensor]) -> Any:
+        def stand_in(tower: nn.Module):
+            result = outputs.get(self._names[_last(tower)])
+            return lambda _: result  # in place of the tower: whatever comes in, this is what comes out
+
+        stand_ins = {key: [stand_in(tower) for tower in towers] for key, towers in branch.items()}
+        return {**output, **self.head.forward_head(output["feats"], **stand_ins)}
+
+    def loss(self, output: Any, batch: dict[str, Any]) -> Tensor:
+        """Return the training loss per image: the host's, without its factor of the batch size."""
+        loss = self.criterion(output, batch)[0]
+        return loss.sum() / (1 if isinstance(self.head, Classify) else self.size(batch))
+
+    def size(self, batch: dict[str, Any]) -> int:
+        """Return the number of images."""
+        return len(batch["img"])

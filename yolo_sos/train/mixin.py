@@ -1,0 +1,250 @@
+# yolo-sos, AGPL-3.0
+"""What turns an Ultralytics trainer into one that shifts: settings, schedule, the shift itself, and its records."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from ultralytics.cfg import cfg2dict
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML, colorstr
+from ultralytics.utils.patches import torch_load
+from ultralytics.utils.torch_utils import unwrap_model
+
+from yolo_sos import __version__
+from yolo_sos.config import SOSConfig, is_sos_key, resolve_data
+from yolo_sos.core import FinalLayer, ShiftReport, shift_layers
+from yolo_sos.files import atomic_path
+from yolo_sos.heads import HostTask, final_layers, select_layers
+from yolo_sos.train.record import ShiftLog, columns, log_line
+from yolo_sos.train.sampling import ShiftSample, plain_view, preserve_rng, split_sizes
+from yolo_sos.train.schedule import is_due
+
+# An event that nothing runs. The callbacks are the one thing besides args and weights that the host hands to the
+# workers of a distributed run, and args refuse keys that are not the host's.
+CARRIER = "sos_settings"
+CHECKPOINT_KEY = "sos"
+PREFIX = colorstr("SOS: ")
+
+
+if TYPE_CHECKING:
+    from ultralytics.engine.trainer import BaseTrainer
+else:
+    BaseTrainer = object  # a mixin: the trainer comes from the class that uses it
+
+
+class SOSMixin(BaseTrainer):
+    """Stochastic optimum shifting for a trainer of Ultralytics: put it before the trainer among the base classes.
+
+    The ``sos*`` settings are taken out of ``overrides`` and never reach ``trainer.args``. With ``sos=False`` the
+    trainer is the stock one. With ``sos=True``, at the end of each epoch for which ``is_due`` says so, before validation and
+    saving, the EMA and the live model are shifted, each from its own features of the same few training images.
+
+    Attributes:
+        sos (SOSConfig): The settings.
+    """
+
+    sos: SOSConfig
+
+    def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict | None = None):
+        """Take the ``sos*`` settings out and hand the rest to the host.
+
+        Args:
+            cfg (str | dict | SimpleNamespace, optional): The host's configuration; may hold ``sos*`` keys too.
+            overrides (dict, optional): Overrides of both kinds.
+            _callbacks (dict, optional): The host's callbacks.
+
+        Raises:
+            ValueError: If a setting is wrong, or a run that was trained without SOS is to be resumed with it.
+        """
+        cfg, overrides = dict(cfg2dict(cfg)), dict(overrides or {})
+        self._asked = {k: d.pop(k) for d in (cfg, overrides) for k in list(d) if is_sos_key(k)}
+        carried = (_callbacks or {}).get(CARRIER)
+        self.sos = SOSConfig.from_dict(carried[0] if carried else self._asked)
+        if "data" in overrides:
+            overrides["data"] = resolve_data(overrides["data"])
+        self._shift_columns = columns({})
+        super().__init__(cfg, overrides, _callbacks)
+        if self.sos.sos:
+            self.callbacks[CARRIER] = [self.sos.to_dict()]
+            if RANK in {-1, 0}:
+                settings = self.sos.to_dict()
+                with atomic_path(self.save_dir / "sos.yaml") as temporary:
+                    YAML.save(temporary, settings)
+                LOGGER.info(PREFIX + ", ".join(f"{k}={v}" for k, v in settings.items()))
+
+    def check_resume(self, overrides: dict[str, Any]) -> None:
+        """Take the settings from the checkpoint that a run resumes from, as the host does with its own."""
+        super().check_resume(overrides)
+        if not self.resume:
+            return
+        saved = load_checkpoint(self.args.model)[1].get(CHECKPOINT_KEY)
+        if saved is None:
+            if self.sos.sos:
+                raise ValueError(
+                    f"{self.args.model} was trained without SOS: resuming it with sos=true would change the run half "
+                    f"way. Resume without sos=true, or start a new run from it: model={self.args.model} sos=true."
+                )
+            return
+        self.sos = SOSConfig.from_dict(saved["settings"])
+        ignored = [
+            k
+            for k, v in SOSConfig.from_dict(self._asked).to_dict().items()
+            if k in self._asked and v != getattr(self.sos, k)
+        ]
+        if ignored:
+            LOGGER.warning(f"Resume ignores {ignored}, using checkpoint values. Start a new run to change them.")
+
+    def setup_model(self) -> dict[str, Any] | None:
+        """Build the model as the host does, and refuse it right then if it has no final linear layer."""
+        ckpt = super().setup_model()
+        if self.sos.sos:
+            if self.args.distill_model is not None:
+                raise ValueError("sos=true does not work together with distill_model. Leave out one of them.")
+            select_layers(final_layers(unwrap_model(self.model)), self.sos.kinds())
+        return ckpt
+
+    def _setup_train(self) -> None:
+        """Set up as the host does; then everything that a shift needs, so that what is wrong shows now."""
+        super()._setup_train()
+        if not self.sos.sos:
+            return
+        model = unwrap_model(self.model)
+        chosen = select_layers(final_layers(model), self.sos.kinds())
+        frozen = [layer.name for layer in chosen if not layer.module.weight.requires_grad]
+        if len(frozen) == len(chosen):
+            raise ValueError("sos=true has nothing to shift: all final layers are frozen. Change freeze or sos_layers.")
+        if frozen:
+            LOGGER.warning(f"{PREFIX}frozen layers are not shifted: {', '.join(frozen)}")
+        self._shifted_names = {layer.name for layer in chosen} - set(frozen)
+        if RANK in {-1, 0}:
+            self._view = plain_view(self.train_loader.dataset, self.args)
+            split_sizes(len(self._view), self.sos.sos_images, self.sos.sos_guard is not None)
+            self._shift_log = ShiftLog(self.save_dir / "sos.csv", resume_from=self.start_epoch)
+            self.metrics.update(self._shift_columns)
+
+    def run_callbacks(self, event: str) -> None:
+        """Shift at the end of a training epoch, ahead of the callbacks: before the EMA is validated and saved."""
+        if event == "on_train_epoch_end" and self.sos.sos:
+            self._end_epoch()
+        super().run_callbacks(event)
+
+    def _end_epoch(self) -> None:
+        reports: dict[str, ShiftReport] = {}
+        if is_due(self.epoch, self.epochs, self.sos.sos_start, self.sos.sos_interval):
+            reports = self._shift()
+        self._shift_columns = columns(reports)
+        if RANK in {-1, 0}:
+            self.metrics.update(self._shift_columns)  # an epoch without validation keeps these metrics
+            if reports:
+                self._shift_log.add(self.epoch + 1, reports)
+                LOGGER.info(PREFIX + log_line(reports))
+
+    def _shift(self) -> dict[str, ShiftReport]:
+        """Shift the EMA and the live model; in a distributed run rank 0 does, and tells the others.
+
+        Returns:
+            (dict[str, ShiftReport]): By ``ema`` and ``model``; empty on other ranks than 0.
+        """
+        models = {"ema": self.ema.ema, "model": unwrap_model(self.model)}
+        reports: dict[str, ShiftReport] = {}
+        error: Exception | None = None
+        if RANK in {-1, 0}:
+            try:
+                with preserve_rng():
+                    reports = self._shift_models(models)
+            except Exception as e:
+                error = e  # raised below, when no rank waits any more
+        if self.world_size > 1:
+            told = [None if error is None else f"{type(error).__name__}: {error}"]
+            dist.broadcast_object_list(told, src=0)
+            if told[0] and error is None:
+                raise RuntimeError(f"The shift failed on rank 0: {told[0]}")
+            if error is None:
+                for model in models.values():
+                    for layer in self._shifted(model):
+                        dist.broadcast(layer.module.weight.data, src=0)
+        if error is not None:
+            raise error
+        return reports
+
+    def _shift_models(self, models: dict[str, nn.Module]) -> dict[str, ShiftReport]:
+        guard = self.sos.sos_guard
+        # One seed per epoch: a resumed run draws what an unbroken one would have drawn.
+        seed = self.args.seed + 1_000_003 * (self.epoch + 1)
+        sample = ShiftSample(self, self._view, self.sos.sos_images, guard is not None, seed)
+        criterion = unwrap_model(self.model).criterion
+        return {
+            name: shift_layers(
+                model,
+                final_layers(model),
+                sample.batches("fit"),
+                HostTask(model, criterion),
+                heldout=sample.batches("heldout"),
+                shifted=self._shifted(model),
+                method=self.sos.method(),
+                guard=guard,
+                seed=seed,
+            )
+            for name, model in models.items()
+        }
+
+    def _shifted(self, model: nn.Module) -> list[FinalLayer]:
+        return [layer for layer in final_layers(model) if layer.name in self._shifted_names]
+
+    def validate(self) -> tuple[dict[str, Any] | None, float | None]:
+        """Validate as the host does; the shift's columns join its metrics, and so every logger."""
+        metrics, fitness = super().validate()
+        if self.sos.sos and metrics is not None:
+            metrics.update(self._shift_columns)
+        return metrics, fitness
+
+    def save_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write a row of results.csv with the shift's columns last: the host writes by position, the header once."""
+        if self.sos.sos:
+            metrics = {**{k: v for k, v in metrics.items() if k not in self._shift_columns}, **self._shift_columns}
+        super().save_metrics(metrics)
+
+    def save_model(self) -> bool:
+        """Save as the host does, add the settings under a key of their own, and put whole files in place at once."""
+        if not self.sos.sos:
+            return super().save_model()
+        with TemporaryDirectory(prefix=".weights", dir=self.save_dir) as folder:
+            with self._redirected(Path(folder)):
+                saved = super().save_model()
+            # Plain values only: a class of ours would make the checkpoint unreadable without yolo_sos.
+            ckpt = torch_load(Path(folder) / "last.pt", map_location="cpu")
+            ckpt[CHECKPOINT_KEY] = {"version": __version__, "settings": self.sos.to_dict()}
+            buffer = io.BytesIO()
+            torch.save(ckpt, buffer)
+            for file in Path(folder).glob("*.pt"):  # last, best and epochN are one and the same
+                with atomic_path(self.wdir / file.name) as temporary:
+                    temporary.write_bytes(buffer.getbuffer())
+        return saved
+
+    wdir: Path
+    last: Path
+    best: Path
+
+    @contextmanager
+    def _redirected(self, folder: Path) -> Iterator[None]:
+        places = self.wdir, self.last, self.best
+        self.wdir, self.last, self.best = folder, folder / self.last.name, folder / self.best.name
+        try:
+            yield
+        finally:
+            self.wdir, self.last, self.best = places
+
+    def plot_metrics(self) -> None:
+        """Plot as the host does, and the curves of the shifts."""
+        super().plot_metrics()
+        if self.sos.sos and self._shift_log.rows:
+            self._shift_log.plot(self.save_dir / "sos.png", on_plot=self.on_plot)

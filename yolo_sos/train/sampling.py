@@ -1,0 +1,100 @@
+# yolo-sos, AGPL-3.0
+"""A few training images, as validation would see them: no second data loader, and the run's random states untouched."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from multiprocessing.pool import ThreadPool
+from typing import Any
+
+import numpy as np
+import torch
+from ultralytics.utils import NUM_THREADS
+from ultralytics.utils.patches import override_configs
+
+
+def split_sizes(available: int, images: int, guarded: bool) -> tuple[int, int]:
+    """Return how many images to fit on and how many others to hold out.
+
+    Args:
+        available (int): Images in the training set.
+        images (int): Images asked for to fit on; half as many more are held out.
+        guarded (bool): Whether held-out images are needed at all.
+
+    Returns:
+        (tuple[int, int]): Sizes of two disjoint sets. A set that is too small is divided two to one.
+
+    Raises:
+        ValueError: If the set cannot be divided.
+    """
+    if not guarded:
+        return min(images, available), 0
+    if available < 2:
+        raise ValueError(
+            f"SOS needs at least 2 training images, one to fit on and one to hold out; there are {available}. "
+            "Set sos_guard=none to shift without held-out images."
+        )
+    fit = min(images, max(1, 2 * available // 3))
+    return fit, min(max(1, images // 2), available - fit)
+
+
+@contextmanager
+def preserve_rng() -> Iterator[None]:
+    """Put back the global random states: a run with SOS sees the same augmentations as one without."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def plain_view(dataset: Any, args: Any) -> Any:
+    """Return a view of a YOLO training set with validation transforms; labels and cached images are shared.
+
+    Args:
+        dataset (YOLODataset): The training set.
+        args (SimpleNamespace): The trainer's arguments.
+    """
+    view = copy(dataset)  # shallow: nothing is scanned or loaded again
+    view.augment, view.rect = False, False
+    view.transforms = view.build_transforms(hyp=args)
+    return view
+
+
+class ShiftSample:
+    """The images of one shift: two disjoint random sets, loaded once, for as many models as are shifted.
+
+    Args:
+        trainer (BaseTrainer): Supplies the training set, its collate function and ``preprocess_batch``.
+        view (Dataset): The training set with validation transforms.
+        images (int): Images to fit on, see ``split_sizes``.
+        guarded (bool): Whether to hold images out.
+        seed (int): Chooses the images.
+    """
+
+    def __init__(self, trainer: Any, view: Any, images: int, guarded: bool, seed: int):
+        """Choose the images; they are loaded when first asked for."""
+        fit, held = split_sizes(len(view), images, guarded)
+        chosen = torch.randperm(len(view), generator=torch.Generator().manual_seed(seed))[: fit + held].tolist()
+        self._trainer = trainer
+        self._view = view
+        self._chosen = {"fit": chosen[:fit], "heldout": chosen[fit:]}
+        self._loaded: dict[str, list[dict[str, Any]]] = {}
+
+    def batches(self, which: str) -> Iterator[dict[str, Any]]:
+        """Yield the preprocessed batches of ``fit`` or ``heldout``, of the trainer's batch size."""
+        if which not in self._loaded:
+            with ThreadPool(NUM_THREADS) as pool:
+                items = pool.map(self._view.__getitem__, self._chosen[which])
+            size = max(self._trainer.batch_size // max(self._trainer.world_size, 1), 1)
+            self._loaded[which] = [self._view.collate_fn(items[i : i + size]) for i in range(0, len(items), size)]
+        for batch in self._loaded[which]:
+            # preprocess_batch writes into the batch it gets, and would resize it at random under multi_scale
+            with override_configs(self._trainer.args, {"multi_scale": 0.0}):
+                preprocessed = self._trainer.preprocess_batch(dict(batch))
+            yield preprocessed
