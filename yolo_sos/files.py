@@ -1,12 +1,46 @@
 # yolo-sos, AGPL-3.0
-"""Files that are whole or not there: written under a temporary name, then renamed."""
+"""Files and folders that are either finished or not there: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Build a folder under a temporary name beside it, and give it its own name when it is complete.
+
+    The temporary folder is removed if the block raises. Relative links that leave or stay within the folder keep
+    their meaning, since both names have the same parent.
+
+    Args:
+        path (str | Path): The folder to make; its parents are made as needed. An empty folder may stand there.
+
+    Yields:
+        (Path): The temporary folder to fill.
+
+    Raises:
+        FileExistsError: If something else stands at `path`, at the start or at the end.
+    """
+    path = Path(path).resolve()
+    _check_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _check_free(path)  # another process may have been faster
+        if path.is_dir():
+            path.rmdir()  # Windows does not rename onto a folder, not even an empty one
+        temporary.rename(path)
+    except BaseException:  # KeyboardInterrupt too
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 @contextmanager
@@ -17,10 +51,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     Args:
         path (str | Path): The file to write. Missing folders are made.
+
+    Yields:
+        (Path): The temporary path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = _beside(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -29,6 +66,37 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
+    """Write a UTF-8 text file with Unix line ends, atomically.
+
+    Args:
+        path (str | Path): The file.
+        text (str): The content.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def link(source: Path, target: Path, *, copy: bool = False) -> None:
+    """Make a file appear at a second place: by a relative link, or by a copy where links are not to be had.
+
+    Args:
+        source (Path): An existing file.
+        target (Path): Where it is to appear; its folder must exist.
+        copy (bool): Copy in any case.
+    """
+    if not copy:
+        try:
+            target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()))
+            return
+        except (OSError, ValueError, NotImplementedError):
+            pass  # Windows without the right to link, or another drive; a file system without links
+    shutil.copyfile(source, target)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{uuid4().hex[:8]}{path.suffix}")
+
+
+def _check_free(path: Path) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path}: exists already and is not an empty folder; remove it or name another one")

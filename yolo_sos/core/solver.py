@@ -70,9 +70,9 @@ def minimum_norm_shift(
     Args:
         features (Tensor): A ``(n, d)``, any float dtype and device.
         weight (Tensor): V ``(out, d)``, any float dtype and device.
-        rtol (float, optional): Singular values (``gauss``: pivots) up to ``rtol`` times the largest count as zero. None:
-            ``max(n, d) · eps`` of the dtype of ``features``, taken as float32 for the half precisions, whose own eps
-            would throw away directions that carry signal.
+        rtol (float, optional): Singular values (``gauss``: pivots) of A, each row scaled to a largest entry of 1, up to
+            ``rtol`` times the largest count as zero. None: ``max(n, d) · eps`` of the dtype of ``features``, taken as
+            float32 for the half precisions, whose own eps would throw away directions that carry signal.
         method (str): ``svd``: singular value decomposition of A. ``qr``: QR of the taller of A and Aᵀ, then the SVD
             of the small triangular factor, which alone decides on the rank. ``gauss``: Algorithm 1 of the paper.
 

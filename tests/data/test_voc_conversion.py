@@ -1,0 +1,238 @@
+"""From Pascal VOC trees to YOLO data sets."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ultralytics.data import utils as host
+from ultralytics.utils import LOGGER, YAML, checks
+
+from yolo_sos.data.convert import SplitCounts, convert_voc, yolo_box
+from yolo_sos.data.voc import VOCObject, annotation_paths, read_annotation
+
+ROOT = Path(__file__).parents[2]
+BCCD = ROOT.parent / "shared" / "data" / "BCCD"
+needs_bccd = pytest.mark.skipif(not BCCD.is_dir(), reason=f"needs the BCCD data set in {BCCD}")
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What is logged as a warning."""
+    caught = []
+    monkeypatch.setattr(LOGGER, "warning", lambda text, *_: caught.append(str(text)))
+    return caught
+
+
+def labels(path):
+    """Label file as (n, 5) floats."""
+    return np.array([line.split() for line in path.read_text().splitlines()], float).reshape(-1, 5)
+
+
+def corners(yolo, width, height):
+    """YOLO box to VOC corners, from the definition: 1-based, inclusive."""
+    cx, cy, w, h = np.asarray(yolo, float)[-4:] * (width, height, width, height)
+    return cx - w / 2 + 1, cy - h / 2 + 1, cx + w / 2, cy + h / 2
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((1, 1, 10, 20), (0.5, 0.5, 1, 1)),  # the whole image
+        ((1, 1, 5, 20), (0.25, 0.5, 0.5, 1)),  # its left half: pixels 1 to 5 of 10
+        ((6, 1, 10, 20), (0.75, 0.5, 0.5, 1)),  # and its right half, which begins where the left one ends
+        ((3, 5, 4, 8), (0.3, 0.3, 0.2, 0.2)),  # 2 x 4 pixels
+        ((2.5, 1, 5.5, 20), (0.35, 0.5, 0.4, 1)),  # VOC2011 has fractions
+        ((0, -3, 5, 8), (0.25, 0.2, 0.5, 0.4)),  # clipped to 1, 1
+        ((9, 17, 30, 99), (0.9, 0.9, 0.2, 0.2)),  # clipped to 10, 20
+        ((4, 4, 4, 4), None),  # a click without a drag
+        ((4, 4, 4, 9), None),
+        ((7, 4, 3, 9), None),  # reversed
+        ((12, 1, 15, 5), None),  # outside
+        ((-5, 1, 0, 5), None),
+    ],
+)
+def test_boxes_worked_by_hand(box, expected):
+    result = yolo_box(box, 10, 20)
+    assert result is expected is None or result == pytest.approx(expected, abs=1e-12)
+
+
+@st.composite
+def boxes(draw):
+    width, height = draw(st.integers(2, 6000)), draw(st.integers(2, 6000))
+    x = sorted(draw(st.lists(st.integers(1, width), min_size=2, max_size=2, unique=True)))
+    y = sorted(draw(st.lists(st.integers(1, height), min_size=2, max_size=2, unique=True)))
+    return (x[0], y[0], x[1], y[1]), width, height
+
+
+@given(boxes())
+def test_boxes_come_back_to_the_pixel(sample):
+    box, width, height = sample
+    yolo = yolo_box(box, width, height)
+    assert corners(yolo, width, height) == pytest.approx(box, abs=1e-9 * max(width, height))
+    assert 0 < min(yolo) <= max(yolo) <= 1
+
+
+def test_round_trip_through_files(tree, tmp_path):
+    rng = np.random.default_rng(0)
+    source, expected = tree(), {}
+    for i in range(10):
+        size = tuple(int(v) for v in rng.integers(20, 900, 2))
+        found = [[int(v) for v in np.sort(rng.choice(np.arange(1, s + 1), 2, replace=False))] for s in size * 5]
+        found = [(x[0], y[0], x[1], y[1]) for x, y in zip(found[::2], found[1::2], strict=True)]
+        source.add("train", f"r.{i}", [VOCObject("cat", box) for box in found], size)
+        expected[f"r.{i}"] = size, found
+    convert_voc(source.root, tmp_path / "out")
+    for image_id, (size, found) in expected.items():
+        back = [corners(line, *size) for line in labels(tmp_path / f"out/labels/train/{image_id}.txt")]
+        np.testing.assert_allclose(back, found, rtol=0, atol=1e-4)
+
+
+def test_difficult_objects_are_kept_aside(tree, tmp_path):
+    source = tree()
+    objects = [VOCObject("cat", (1, 1, 32, 48)), VOCObject("dog", (33, 1, 64, 24), difficult=True)]
+    source.add("val", "mixed", objects).add("val", "bare")
+    report = convert_voc(source.root, tmp_path / "out")
+    assert report.names == ("cat", "dog")
+    assert report.splits == {
+        "train": SplitCounts(1, 1, 0),
+        "val": SplitCounts(3, 2, 1),
+        "test": SplitCounts(1, 1, 0),
+    }
+    out = tmp_path / "out"
+    np.testing.assert_allclose(labels(out / "labels/val/mixed.txt"), [[0, 0.25, 0.5, 0.5, 1]])
+    np.testing.assert_allclose(labels(out / "difficult/val/mixed.txt"), [[1, 0.75, 0.25, 0.5, 0.5]])
+    assert (out / "labels/val/bare.txt").read_text() == ""
+    assert [p.name for p in (out / "difficult").rglob("*.txt")] == ["mixed.txt"]
+
+    data = host.check_det_dataset(str(out / "data.yaml"))
+    found = annotation_paths(data, "val")
+    assert list(found) == ["VOC_val", "bare", "mixed"]
+    assert [o.difficult for o in read_annotation(found["mixed"]).objects] == [False, True]
+
+
+def test_degenerate_boxes_are_reported_and_left_out(tree, tmp_path, warnings):
+    source = tree()
+    bad = [VOCObject("cat", (5.0, 9.0, 5.0, 9.0)), VOCObject("dog", (9.0, 5.0, 2.0, 20.0), difficult=True)]
+    source.add("train", "slip", [*bad, VOCObject("cat", (1, 1, 64, 48))])
+    report = convert_voc(source.root, tmp_path / "out")
+    xml = source.root / "Annotations/slip.xml"
+    assert [(d.path, d.name, d.box) for d in report.degenerate] == [(xml, o.name, o.box) for o in bad]
+    assert len(labels(tmp_path / "out/labels/train/slip.txt")) == 1
+    assert report.splits["train"] == SplitCounts(2, 2, 0)
+    assert len(warnings) == 2
+    assert all(str(xml) in w for w in warnings)
+
+
+def test_the_image_says_how_large_it_is(tree, tmp_path, warnings):
+    source, object_ = tree(), [VOCObject("cat", (1, 1, 50, 50))]
+    source.add("train", "unstated", object_, size=(100, 200), stated=(0, 0))
+    source.add("train", "wrong", object_, size=(100, 200), stated=(200, 100))
+    report = convert_voc(source.root, tmp_path / "out")
+    for image_id in "unstated", "wrong":
+        np.testing.assert_allclose(labels(tmp_path / f"out/labels/train/{image_id}.txt"), [[0, 0.25, 0.125, 0.5, 0.25]])
+    assert [p.name for p in report.resized] == ["wrong.xml"]
+    assert "says 200x100, but its image has 100x200" in warnings[0]
+
+
+def test_several_trees_make_one_set(tree, tmp_path, warnings):
+    a, b = tree("VOC2007"), tree("VOC2012", ["train", "val"])
+    splits = {"train": ["train", "val"], "val": "test", "test": "test"}
+    report = convert_voc([a.root, b.root], tmp_path / "out", splits=splits)
+    assert {k: v.images for k, v in report.splits.items()} == {"train": 4, "val": 1, "test": 1}
+    assert warnings == ["splits: 1 images are both in 'val' and in 'test'"]
+    with pytest.raises(ValueError, match=r"train: two images are called 'VOC2007_train': .*; rename one"):
+        convert_voc([a.root, a.root], tmp_path / "twice")
+
+
+def test_classes_keep_the_order_they_are_given(tree, tmp_path):
+    source = tree()
+    report = convert_voc(source.root, tmp_path / "out", names={1: "cat", 0: "dog"})
+    assert report.names == ("dog", "cat")
+    assert labels(tmp_path / "out/labels/val/VOC_val.txt")[0, 0] == 1
+    assert YAML.load(tmp_path / "out/data.yaml")["names"] == {0: "dog", 1: "cat"}
+    for names, message in [
+        (["dog"], r"VOC_\w+\.xml: class 'cat' is none of the given names: dog"),
+        (["cat", "cat"], "names: a class name occurs twice"),
+        ({1: "cat"}, "names: class indices must be 0 to 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            convert_voc(source.root, tmp_path / "bad", names=names)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        ("JPEGImages/VOC_val.jpg", FileNotFoundError, r"VOC_val\.jpg: missing, though image set 'val' lists it"),
+        ("Annotations/VOC_val.xml", FileNotFoundError, r"VOC_val\.xml"),
+        ("ImageSets/Main/test.txt", FileNotFoundError, r"test\.txt: no such image set; .* has: train, val"),
+        ("JPEGImages", FileNotFoundError, "a Pascal VOC tree has its images there"),
+    ],
+)
+def test_what_is_missing_is_named_and_nothing_is_left_behind(tree, tmp_path, spoil, error, message):
+    source = tree()
+    path = source.root / spoil
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(error, match=message):
+        convert_voc(source.root, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_broken_images_and_doubtful_ids_are_named(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "check_requirements", lambda *_: None)  # the host would install a decoder for it
+    source = tree()
+    (source.root / "JPEGImages/VOC_val.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"VOC_val\.jpg: not a readable image"):
+        convert_voc(source.root, tmp_path / "out")
+    (source.root / "JPEGImages/VOC_val.png").touch()
+    with pytest.raises(ValueError, match=r"two images have the id 'VOC_val': VOC_val\.jpg, VOC_val\.png"):
+        convert_voc(source.root, tmp_path / "out")
+
+
+@pytest.mark.parametrize("splits", [{"train": "train"}, {"train": "train", "val": "val", "dev": "val"}])
+def test_splits_are_those_of_a_data_yaml(tree, tmp_path, splits):
+    with pytest.raises(ValueError, match="splits: a data YAML has 'train', 'val'"):
+        convert_voc(tree().root, tmp_path / "out", splits=splits)
+
+
+def test_links_where_possible_and_copies_elsewhere(tree, tmp_path, monkeypatch):
+    source = tree()
+    convert_voc(source.root, tmp_path / "links")
+    image = "images/val/VOC_val.jpg"
+    assert (tmp_path / "links" / image).is_symlink()
+
+    def refuse(*_, **__):
+        raise OSError("a required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    convert_voc(source.root, tmp_path / "copies")
+    assert not (tmp_path / "copies" / image).is_symlink()
+    assert (tmp_path / "copies" / image).read_bytes() == (tmp_path / "links" / image).read_bytes()
+
+
+@needs_bccd
+def test_bccd_as_the_host_downloads_it(tmp_path, monkeypatch, warnings):
+    monkeypatch.setattr(host, "DATASETS_DIR", tmp_path)
+    monkeypatch.delenv("BCCD_ROOT", raising=False)
+    yaml = str(ROOT / "cfg/datasets/bccd.yaml")
+    with pytest.raises(FileNotFoundError, match=r"BCCD_ROOT: .*git clone https://github\.com/Shenggan/BCCD_Dataset"):
+        host.check_det_dataset(yaml)
+    monkeypatch.setenv("BCCD_ROOT", str(BCCD))
+    data = host.check_det_dataset(yaml)
+
+    n_boxes = 0
+    for split, n in ("train", 205), ("val", 87), ("test", 72):
+        images = sorted(Path(data[split]).iterdir())
+        assert len(images) == n
+        n_boxes += sum(len(labels(Path(p))) for p in host.img2label_paths(images))
+        assert list(annotation_paths(data, split)) == [p.stem for p in images]
+    assert n_boxes == 4888 - 2
+    degenerate = [w for w in warnings if "no area" in w]
+    assert len(degenerate) == 2
+    assert any("BloodImage_00338.xml: box (504.0, 337.0, 504.0, 337.0) of a 'RBC'" in w for w in degenerate)
+    assert any("BloodImage_00343.xml: box (181.0, 329.0, 181.0, 329.0) of a 'RBC'" in w for w in degenerate)
+    assert list(data["names"].values()) == ["Platelets", "RBC", "WBC"]

@@ -1,0 +1,296 @@
+# yolo-sos, AGPL-3.0
+"""From a Pascal VOC tree to a YOLO data set, right to the pixel convention.
+
+A VOC box counts pixels from 1 and includes its last one, so the box covers [xmin - 1, xmax] of the image's width in
+continuous coordinates. (The stock VOC.yaml of Ultralytics makes boxes one pixel small and half a pixel off.)
+
+What is written, with links to the images and annotations where the file system allows::
+
+    data.yaml                       train, val, test, names, and voc: annotations
+    images/{split}/{id}.jpg
+    labels/{split}/{id}.txt         what is trained on: neither difficult nor degenerate objects
+    difficult/{split}/{id}.txt      the difficult objects, in the same format; no file where there are none
+    annotations/{split}/{id}.xml    the VOC annotations, for an evaluator that knows about difficult objects
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from PIL import Image
+from ultralytics.data.utils import IMG_FORMATS, exif_size
+from ultralytics.utils import LOGGER, TQDM, YAML
+
+from yolo_sos.data.voc import VOCAnnotation, read_annotation, read_image_set
+from yolo_sos.files import link, new_folder, write_text
+
+Box = tuple[float, float, float, float]
+SPLITS: Mapping[str, Sequence[str]] = {"train": ["train"], "val": ["val"], "test": ["test"]}
+
+
+@dataclass(frozen=True)
+class DegenerateBox:
+    """An object that was left out because its box has no area.
+
+    Attributes:
+        path (Path): The annotation.
+        name (str): Class of the object.
+        box (tuple[float, float, float, float]): xmin, ymin, xmax, ymax as in the file.
+    """
+
+    path: Path
+    name: str
+    box: Box
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """What a split holds.
+
+    Attributes:
+        images (int): Number of images, those without labels included.
+        boxes (int): Number of label lines.
+        difficult (int): Number of difficult objects, which are not among the labels.
+    """
+
+    images: int
+    boxes: int
+    difficult: int
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion found.
+
+    Attributes:
+        names (tuple[str, ...]): Class names by class index.
+        splits (dict[str, SplitCounts]): Counts by split.
+        degenerate (tuple[DegenerateBox, ...]): Objects left out.
+        resized (tuple[Path, ...]): Annotations whose size is not that of their image. The image's size is used.
+    """
+
+    names: tuple[str, ...]
+    splits: dict[str, SplitCounts]
+    degenerate: tuple[DegenerateBox, ...]
+    resized: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    xml: Path
+    image: Path
+    annotation: VOCAnnotation
+
+
+def convert_voc(
+    roots: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    splits: Mapping[str, str | Sequence[str]] = SPLITS,
+    names: Sequence[str] | Mapping[int, str] | None = None,
+    copy: bool = False,
+) -> ConversionReport:
+    """Convert Pascal VOC trees into a YOLO data set with its data YAML, ``{out}/data.yaml``.
+
+    Difficult objects are no labels: training takes their pixels for background, as is usual with VOC.
+
+    Args:
+        roots (str | Path | Sequence[str | Path]): One or more VOC trees, such as VOCdevkit/VOC2007 and
+            VOCdevkit/VOC2012.
+        out (str | Path): The folder to make. It appears when it is complete.
+        splits (Mapping[str, str | Sequence[str]]): For ``train``, ``val`` and, optionally, ``test``: the image sets
+            that it takes. A set is taken from every tree that has it.
+        names (Sequence[str] | Mapping[int, str] | None): Class names in the order of their indices, as in a data YAML;
+            None for those that occur in any split, sorted.
+        copy (bool): Copy images and annotations instead of linking to them.
+
+    Returns:
+        (ConversionReport): What was found; it is logged as well.
+
+    Raises:
+        FileExistsError: If `out` exists and is not an empty folder.
+        FileNotFoundError: If a tree, an image set, an annotation or an image is missing.
+        ValueError: If an argument or a file is malformed, an object's class is not in `names`, or a split has two
+            images of the same id.
+    """
+    with new_folder(out) as folder:
+        report = write_yolo(folder, roots, splits=splits, names=names, copy=copy)
+    for split, n in report.splits.items():
+        LOGGER.info(f"{out}: {split}: {n.images} images, {n.boxes} boxes, {n.difficult} difficult objects kept aside")
+    return report
+
+
+def write_yolo(
+    folder: Path,
+    roots: str | Path | Sequence[str | Path],
+    *,
+    splits: Mapping[str, str | Sequence[str]] = SPLITS,
+    names: Sequence[str] | Mapping[int, str] | None = None,
+    copy: bool = False,
+) -> ConversionReport:
+    """Do what `convert_voc` does in a folder that exists, for builders of data sets that have more to write there.
+
+    Args:
+        folder (Path): The folder to fill.
+        roots (str | Path | Sequence[str | Path]): As for `convert_voc`, as are the rest and the exceptions.
+        splits (Mapping[str, str | Sequence[str]]): See there.
+        names (Sequence[str] | Mapping[int, str] | None): See there.
+        copy (bool): See there.
+
+    Returns:
+        (ConversionReport): What was found.
+    """
+    if not {"train", "val"} <= set(splits) <= {"train", "val", "test"}:
+        raise ValueError(f"splits: a data YAML has 'train', 'val' and, optionally, 'test'; not {list(splits)}")
+    trees = [Path(roots)] if isinstance(roots, str | Path) else [Path(r) for r in roots]
+    samples = {split: _read_split(trees, split, [s] if isinstance(s, str) else s) for split, s in splits.items()}
+    _warn_of_overlap(samples)
+    classes = _class_names(names, samples)
+    writer = _Writer(folder, {name: i for i, name in enumerate(classes)}, copy)
+    counts = {split: writer.write_split(split, of_split) for split, of_split in samples.items()}
+    YAML.save(
+        folder / "data.yaml",  # no path: the host takes the file's own folder, so the data set can be moved
+        {**{s: f"images/{s}" for s in splits}, "names": dict(enumerate(classes)), "voc": "annotations"},
+    )
+    return ConversionReport(classes, counts, tuple(writer.degenerate), tuple(writer.resized))
+
+
+def yolo_box(box: Box, width: int, height: int) -> Box | None:
+    """Turn a VOC box into a YOLO box.
+
+    Args:
+        box (tuple[float, float, float, float]): xmin, ymin, xmax, ymax: pixels, 1-based, inclusive.
+        width (int): Width of the image in pixels.
+        height (int): Height of the image in pixels.
+
+    Returns:
+        (tuple[float, float, float, float] | None): Centre x, centre y, width, height of the part within the image, as
+            fractions of the image's size; None if the box is degenerate. A box whose corners share a row or a column
+            counts as such: a slip of the mouse, although the convention gives it one pixel.
+    """
+    xmin, ymin, xmax, ymax = box
+    if xmin >= xmax or ymin >= ymax:
+        return None
+    left, right = max(xmin - 1, 0), min(xmax, width)
+    top, bottom = max(ymin - 1, 0), min(ymax, height)
+    if left >= right or top >= bottom:  # outside
+        return None
+    return (left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height
+
+
+def _read_split(trees: Sequence[Path], split: str, sets: Sequence[str]) -> list[_Sample]:
+    samples: dict[str, _Sample] = {}
+    for image_set in sets:
+        having = [t for t in trees if (t / "ImageSets" / "Main" / f"{image_set}.txt").is_file()]
+        for tree in having or trees:  # none has it: the first will say so, and what it has instead
+            ids, images = read_image_set(tree, image_set), _images(tree)
+            for image_id in TQDM(ids, desc=f"{split}: reading {tree.name}/{image_set}"):
+                xml = tree / "Annotations" / f"{image_id}.xml"
+                if image_id in samples:
+                    raise ValueError(
+                        f"{split}: two images are called '{image_id}': {samples[image_id].xml} and {xml}; "
+                        "rename one of them, or take its image set into another split"
+                    )
+                if image_id not in images:
+                    raise FileNotFoundError(
+                        f"{tree / 'JPEGImages' / image_id}.jpg: missing, though image set '{image_set}' lists it"
+                    )
+                samples[image_id] = _Sample(xml, images[image_id], read_annotation(xml))
+    if not samples:
+        raise ValueError(f"{split}: no image set is named, so it would have no images")
+    return list(samples.values())
+
+
+def _images(tree: Path) -> dict[str, Path]:
+    """Image id to image file. One listing, since asking for each id and suffix is slow on network drives."""
+    folder = tree / "JPEGImages"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; a Pascal VOC tree has its images there")
+    images: dict[str, Path] = {}
+    for path in sorted(p for p in folder.iterdir() if p.suffix[1:].lower() in IMG_FORMATS):
+        if path.stem in images:
+            raise ValueError(f"{folder}: two images have the id '{path.stem}': {images[path.stem].name}, {path.name}")
+        images[path.stem] = path
+    return images
+
+
+def _warn_of_overlap(samples: Mapping[str, Sequence[_Sample]]) -> None:
+    for (a, of_a), (b, of_b) in combinations(samples.items(), 2):
+        if shared := {s.image for s in of_a} & {s.image for s in of_b}:
+            LOGGER.warning(f"splits: {len(shared)} images are both in '{a}' and in '{b}'")
+
+
+def _class_names(
+    names: Sequence[str] | Mapping[int, str] | None, samples: Mapping[str, Sequence[_Sample]]
+) -> tuple[str, ...]:
+    """Check the class names against the objects, or collect them from there."""
+    where = {o.name: s.xml for of_split in samples.values() for s in of_split for o in s.annotation.objects}
+    if names is None:
+        if not where:
+            raise ValueError("names: the annotations have no objects, so the class names must be given")
+        return tuple(sorted(where))
+    if isinstance(names, Mapping):
+        if sorted(names) != list(range(len(names))):
+            raise ValueError(f"names: class indices must be 0 to {len(names) - 1}, not {sorted(names)}")
+        names = [names[i] for i in range(len(names))]
+    if len(set(names)) < len(names):
+        raise ValueError(f"names: a class name occurs twice in {list(names)}")
+    for name, xml in where.items():
+        if name not in names:
+            raise ValueError(f"{xml}: class '{name}' is none of the given names: {', '.join(names)}")
+    return tuple(names)
+
+
+class _Writer:
+    """Writes splits and notes what it finds amiss."""
+
+    def __init__(self, folder: Path, index: Mapping[str, int], copy: bool):
+        self.folder, self.index, self.copy = folder, index, copy
+        self.degenerate: list[DegenerateBox] = []
+        self.resized: list[Path] = []
+
+    def write_split(self, split: str, samples: Sequence[_Sample]) -> SplitCounts:
+        to = {kind: self.folder / kind / split for kind in ("images", "labels", "difficult", "annotations")}
+        for path in to.values():
+            path.mkdir(parents=True)
+        n_boxes = n_difficult = 0
+        for sample in TQDM(samples, desc=f"{split}: writing"):
+            image_id = sample.annotation.image_id
+            boxes, difficult = self._label_lines(sample)
+            write_text(to["labels"] / f"{image_id}.txt", "".join(boxes))
+            if difficult:
+                write_text(to["difficult"] / f"{image_id}.txt", "".join(difficult))
+            link(sample.image, to["images"] / sample.image.name, copy=self.copy)
+            link(sample.xml, to["annotations"] / sample.xml.name, copy=self.copy)
+            n_boxes, n_difficult = n_boxes + len(boxes), n_difficult + len(difficult)
+        return SplitCounts(len(samples), n_boxes, n_difficult)
+
+    def _label_lines(self, sample: _Sample) -> tuple[list[str], list[str]]:
+        """Label lines of the objects to train on, and of the difficult ones."""
+        width, height = self._size(sample)
+        lines: tuple[list[str], list[str]] = [], []
+        for o in sample.annotation.objects:
+            box = yolo_box(o.box, width, height)
+            if box is None:
+                self.degenerate.append(DegenerateBox(sample.xml, o.name, o.box))
+                LOGGER.warning(f"{sample.xml}: box {o.box} of a '{o.name}' has no area in the image; left out")
+            else:
+                # 8 decimals: a millionth of a pixel, where the host's float32 keeps a ten-thousandth
+                lines[o.difficult].append(" ".join([str(self.index[o.name]), *(f"{v:.8f}" for v in box)]) + "\n")
+        return lines
+
+    def _size(self, sample: _Sample) -> tuple[int, int]:
+        """Width and height of the image as the host will load it, which is what boxes are fractions of."""
+        try:
+            with Image.open(sample.image) as image:
+                size = exif_size(image)
+        except (OSError, ImportError) as e:  # ImportError: the host takes what it cannot read for HEIF
+            raise ValueError(f"{sample.image}: not a readable image: {e}") from e
+        stated = sample.annotation.width, sample.annotation.height
+        if all(stated) and stated != size:
+            self.resized.append(sample.xml)
+            LOGGER.warning(f"{sample.xml}: says {stated[0]}x{stated[1]}, but its image has {size[0]}x{size[1]} pixels")
+        return size
