@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 
@@ -74,6 +76,27 @@ def write_text(path: str | Path, text: str) -> None:
     """
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path (str | Path): The file.
+
+    Returns:
+        (Any): Its content.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no JSON; names the file and the line.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}, line {e.lineno}, column {e.colno}: not JSON: {e.msg}") from e
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not a text file in UTF-8: {e.reason} at byte {e.start}") from e
 
 
 def link(source: Path, target: Path, *, copy: bool = False) -> None:

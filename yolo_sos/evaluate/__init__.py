@@ -1,0 +1,46 @@
+# yolo-sos, AGPL-3.0
+"""An independent judge of detections: arrays in, numbers out, nothing of the trainer's in between.
+
+    truth = read_coco_truth("annotations.json")
+    found = read_coco_detections("detections.json", truth)
+    mean_ap(voc_ap(truth, found).ap), coco_ap(truth, found).stats["AP"]
+
+`boxes` holds the data and the convention of coordinates, `voc` the devkit's metric, `coco` COCO's, `voc_files` and
+`coco_files` what goes to disk, `report` and `plot` what is shown. `tools/eval_voc.py` is the command on top.
+"""
+
+from yolo_sos.evaluate.boxes import Detections, GroundTruth, snap
+from yolo_sos.evaluate.coco import COCOResult, coco_ap
+from yolo_sos.evaluate.coco_files import (
+    read_coco_detections,
+    read_coco_truth,
+    write_coco_detections,
+    write_coco_truth,
+)
+from yolo_sos.evaluate.plot import plot_curves
+from yolo_sos.evaluate.report import Run, report_json, table
+from yolo_sos.evaluate.voc import Curve, VOCResult, mean_ap, voc_ap
+from yolo_sos.evaluate.voc_files import read_voc_detections, voc_truth, write_voc_detections
+
+__all__ = [
+    "COCOResult",
+    "Curve",
+    "Detections",
+    "GroundTruth",
+    "Run",
+    "VOCResult",
+    "coco_ap",
+    "mean_ap",
+    "plot_curves",
+    "read_coco_detections",
+    "read_coco_truth",
+    "read_voc_detections",
+    "report_json",
+    "snap",
+    "table",
+    "voc_ap",
+    "voc_truth",
+    "write_coco_detections",
+    "write_coco_truth",
+    "write_voc_detections",
+]

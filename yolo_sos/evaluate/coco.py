@@ -1,0 +1,162 @@
+# yolo-sos, AGPL-3.0
+"""The COCO metric, computed by pycocotools or by a faster package that gives the same numbers.
+
+What a VOC data set needs to know about it: difficult objects become `iscrowd=1` (pycocotools overwrites `ignore`), so
+any number of detections may fall on one, and their overlap is measured against the detection's own area; only the 100
+best detections of an image and class take part; ties in score keep the order of the images, then of the detections.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from yolo_sos.evaluate.boxes import Detections, GroundTruth
+
+BACKENDS = {  # name: where its data set and its evaluator are
+    "pycocotools": (("pycocotools.coco", "COCO"), ("pycocotools.cocoeval", "COCOeval")),  # the reference
+    "faster-coco-eval": (("faster_coco_eval", "COCO"), ("faster_coco_eval", "COCOeval_faster")),  # C++
+    "hotcoco": (("hotcoco", "COCO"), ("hotcoco", "COCOeval")),  # Rust
+}
+_AREAS = {"": 0, "small": 1, "medium": 2, "large": 3}  # below 32², 32² to 96², and from 96² square pixels
+_MOST = {1: 0, 10: 1, 100: 2}  # detections per image and class
+
+
+@dataclass(frozen=True, eq=False)
+class COCOResult:
+    """Average precision by COCO's rules.
+
+    Attributes:
+        ap (np.ndarray): Mean over the IoU thresholds 0.5, 0.55, ..., 0.95, shape (K,); NaN without positives.
+        ap50 (np.ndarray): At an IoU of 0.5, shape (K,); NaN without positives.
+        stats (dict[str, float]): COCO's twelve numbers, under the names that `pycocotools` prints; NaN if undefined.
+    """
+
+    ap: np.ndarray
+    ap50: np.ndarray
+    stats: dict[str, float]
+
+
+def coco_ap(truth: GroundTruth, detections: Detections, backend: str = "pycocotools") -> COCOResult:
+    """Evaluate detections by COCO's rules.
+
+    Args:
+        truth (GroundTruth): G objects of K classes; difficult ones count as crowd.
+        detections (Detections): D detections.
+        backend (str): One of `BACKENDS`; all but pycocotools are optional packages.
+
+    Returns:
+        (COCOResult): AP of each class, and COCO's summary.
+
+    Raises:
+        ValueError: If there is no such backend.
+        ModuleNotFoundError: If it is not installed.
+    """
+    evaluator = coco_evaluator(truth, detections, backend)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator.evaluate()
+        evaluator.accumulate()
+    precision = np.asarray(evaluator.eval["precision"])  # (10 thresholds, 101 recalls, K, 4 areas, 3 maxima), or -1
+    recall = np.asarray(evaluator.eval["recall"])  # (10 thresholds, K, 4 areas, 3 maxima), or -1
+    classes = range(len(truth.classes))
+    return COCOResult(
+        ap=np.array([_mean(precision[:, :, k, 0, 2]) for k in classes]),
+        ap50=np.array([_mean(precision[0, :, k, 0, 2]) for k in classes]),
+        stats={
+            "AP": _mean(precision[:, :, :, 0, 2]),
+            "AP50": _mean(precision[0, :, :, 0, 2]),
+            "AP75": _mean(precision[5, :, :, 0, 2]),
+            **{f"AP{name}": _mean(precision[:, :, :, a, 2]) for name, a in _AREAS.items() if name},
+            **{f"AR{most}": _mean(recall[:, :, 0, m]) for most, m in _MOST.items()},
+            **{f"AR{name}": _mean(recall[:, :, a, 2]) for name, a in _AREAS.items() if name},
+        },
+    )
+
+
+def coco_evaluator(truth: GroundTruth, detections: Detections, backend: str = "pycocotools") -> Any:
+    """Load ground truth and detections into a backend's `COCOeval`, on which nothing has been called yet.
+
+    Args:
+        truth (GroundTruth): G objects of K classes.
+        detections (Detections): D detections.
+        backend (str): One of `BACKENDS`.
+
+    Returns:
+        (Any): The backend's `COCOeval`, for `evaluate()` and `accumulate()`.
+
+    Raises:
+        ValueError: If there is no such backend.
+        ModuleNotFoundError: If it is not installed.
+    """
+    coco, evaluator = load_backend(backend)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every step
+        objects = coco()
+        objects.dataset = coco_dataset(truth)
+        objects.createIndex()
+        if len(detections):
+            found = objects.loadRes(_rows(detections))
+        else:  # pycocotools' loadRes looks at the first detection
+            found = coco()
+            found.dataset = {**coco_dataset(truth), "annotations": []}
+            found.createIndex()
+        return evaluator(objects, found, "bbox")
+
+
+def load_backend(backend: str) -> tuple[Any, Any]:
+    """Import a backend.
+
+    Args:
+        backend (str): One of `BACKENDS`.
+
+    Returns:
+        (tuple[Any, Any]): Its classes `COCO` and `COCOeval`.
+
+    Raises:
+        ValueError: If there is no such backend.
+        ModuleNotFoundError: If it is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown COCO backend '{backend}'; there are {', '.join(BACKENDS)}")
+    try:
+        data_set, evaluator = (getattr(importlib.import_module(module), name) for module, name in BACKENDS[backend])
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(f"the COCO backend '{backend}' is not installed: pip install {backend}") from e
+    return data_set, evaluator
+
+
+def coco_dataset(truth: GroundTruth) -> dict[str, Any]:
+    """Return the ground truth as a COCO data set whose ids of images, categories and objects count from 1."""
+    corner, size = truth.boxes[:, :2], truth.boxes[:, 2:] - truth.boxes[:, :2]
+    columns = (
+        (truth.image + 1).tolist(),
+        (truth.label + 1).tolist(),
+        np.concatenate([corner, size], axis=1).tolist(),
+        truth.area.tolist(),
+        truth.difficult.astype(int).tolist(),
+    )
+    return {
+        "info": {},
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(truth.stems, start=1)],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(truth.classes, start=1)],
+        "annotations": [  # an id of 0 would read as "not matched"
+            {"id": i, "image_id": image, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
+            for i, (image, label, box, area, crowd) in enumerate(zip(*columns, strict=True), start=1)
+        ],
+    }
+
+
+def _rows(detections: Detections) -> np.ndarray:
+    """Return the (D, 7) array that `loadRes` takes: image id, x, y, w, h, score, category id."""
+    corner, size = detections.boxes[:, :2], detections.boxes[:, 2:] - detections.boxes[:, :2]
+    return np.column_stack([detections.image + 1, corner, size, detections.score, detections.label + 1])
+
+
+def _mean(values: np.ndarray) -> float:
+    """Average what is defined, as pycocotools' `summarize` does: -1 marks what has no positives."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else float("nan")

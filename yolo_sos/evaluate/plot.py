@@ -1,0 +1,73 @@
+# yolo-sos, AGPL-3.0
+"""Precision-recall curves as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from yolo_sos.evaluate.voc import VOCResult
+from yolo_sos.files import atomic_path
+
+COLUMNS = 5  # panels side by side: VOC's 20 classes fill four rows
+
+
+def plot_curves(
+    path: str | Path, classes: Sequence[str], results: Sequence[VOCResult], runs: Sequence[str] = ()
+) -> None:
+    """Draw the devkit's precision-recall curve of each class, a panel each, a line for each run.
+
+    Args:
+        path (str | Path): The picture; its suffix says what kind.
+        classes (Sequence[str]): Names of the K classes.
+        results (Sequence[VOCResult]): One per run, at least one. The first run's raw curve lies below its envelope.
+        runs (Sequence[str]): Names of the runs, for a legend where there are several.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a canvas of our own: leaves pyplot's state alone
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    columns = min(COLUMNS, len(classes))
+    rows = math.ceil(len(classes) / columns)
+    figure = Figure(figsize=(2.6 * columns + 0.6, 2.5 * rows + 0.7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for k, (axis, name) in enumerate(zip(axes, classes, strict=False)):
+        for i, result in enumerate(results):
+            curve = result.curves[k]
+            if not result.positives[k]:
+                axis.text(0.5, 0.5, "no objects", ha="center", va="center", color="gray")
+                continue
+            if i == 0:
+                axis.plot(curve.recall, curve.precision, color="0.75", linewidth=0.8)
+            recall, envelope = _envelope(curve.recall, curve.precision)
+            axis.plot(recall, envelope, drawstyle="steps-pre", color=f"C{i % 10}", linewidth=1.2)
+        ap = np.array([r.ap[k] for r in results])
+        spread = f" ± {ap.std(ddof=1):.3f}" if len(ap) > 1 else ""
+        axis.set_title(name if np.isnan(ap).any() else f"{name}  {ap.mean():.3f}{spread}", fontsize=9)
+        axis.set(xlim=(0, 1), ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+    for axis in axes[len(classes) :]:
+        axis.set_axis_off()
+    # No labels of the axes: constrained layout would put them under the legend.
+    figure.suptitle(
+        f"Precision over recall, VOC devkit at IoU {results[0].iou:g}; in the titles AP (VOC10+)", fontsize=10
+    )
+    if len(results) > 1 and runs:
+        lines = [Line2D([], [], color=f"C{i % 10}") for i in range(len(results))]
+        figure.legend(lines, runs, loc="outside lower center", fontsize=8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def _envelope(recall: np.ndarray, precision: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the monotone curve from recall 0 on, down to 0 where the detections end."""
+    recall = np.append(recall, recall[-1:] if len(recall) else 0.0)
+    height = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+    return np.insert(recall, 0, 0.0), np.insert(height, 0, height[0])

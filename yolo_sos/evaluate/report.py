@@ -1,0 +1,154 @@
+# yolo-sos, AGPL-3.0
+"""What is shown of an evaluation: a table for eyes, a dictionary for JSON, and why the numbers differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from yolo_sos.evaluate.boxes import GroundTruth
+from yolo_sos.evaluate.voc import mean_ap
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The numbers of one set of detections.
+
+    Attributes:
+        name (str): What was evaluated, such as the path of the weights.
+        ap (dict[str, np.ndarray]): AP of each class under each metric, shape (K,); NaN where it is undefined.
+        details (dict[str, Any]): What else goes into the JSON file.
+    """
+
+    name: str
+    ap: dict[str, np.ndarray]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def means(self) -> dict[str, float]:
+        """Return the mean over classes under each metric."""
+        return {metric: mean_ap(ap) for metric, ap in self.ap.items()}
+
+
+def table(truth: GroundTruth, runs: Sequence[Run]) -> str:
+    """Lay out AP by class and metric, and with several runs also by run, as aligned Markdown.
+
+    Args:
+        truth (GroundTruth): Gives the classes and their numbers of objects.
+        runs (Sequence[Run]): At least one, all with the same metrics; several give mean ± sample standard deviation.
+
+    Returns:
+        (str): One table, or two with a blank line between, each line ended.
+    """
+    metrics = list(runs[0].ap)
+    difficult = np.bincount(truth.label[truth.difficult], minlength=len(truth.classes))
+    rows = [["class", "objects", "difficult", *metrics]]
+    for k, name in enumerate(truth.classes):
+        counts = [str(truth.positives()[k]), str(difficult[k]) if truth.difficult_known else "?"]
+        rows.append([name, *counts, *(_cell([float(r.ap[m][k]) for r in runs]) for m in metrics)])
+    counts = [str(truth.positives().sum()), str(difficult.sum()) if truth.difficult_known else "?"]
+    means = [r.means() for r in runs]
+    rows.append(["**mean**", *counts, *(_cell([one[m] for one in means]) for m in metrics)])
+    text = _markdown(rows)
+    if len(runs) > 1:
+        by_run = [[r.name, *(_cell([one[m]]) for m in metrics)] for r, one in zip(runs, means, strict=True)]
+        text += "\n" + _markdown([["run", *metrics], *by_run])
+    return text
+
+
+def report_json(truth: GroundTruth, runs: Sequence[Run], **header: Any) -> dict[str, Any]:
+    """Return everything in a form that JSON can hold; what is undefined is None.
+
+    Args:
+        truth (GroundTruth): Gives the classes and their numbers of objects.
+        runs (Sequence[Run]): At least one, all with the same metrics.
+        **header (Any): What comes first, such as the command and the versions.
+
+    Returns:
+        (dict[str, Any]): Header, ground truth, means, standard deviations (of several runs), and each run.
+    """
+    positives = truth.positives().tolist()
+    difficult = np.bincount(truth.label[truth.difficult], minlength=len(truth.classes)).tolist()
+    means = {m: [r.means()[m] for r in runs] for m in runs[0].ap}
+    report = {
+        **header,
+        "ground_truth": {
+            "images": len(truth.images),
+            "objects": dict(zip(truth.classes, positives, strict=True)),
+            "difficult": dict(zip(truth.classes, difficult, strict=True)) if truth.difficult_known else None,
+        },
+        "mean": {m: float(np.mean(values)) for m, values in means.items()},
+        "std": {m: float(np.std(values, ddof=1)) if len(runs) > 1 else None for m, values in means.items()},
+        "runs": [
+            {
+                "name": r.name,
+                "mean": r.means(),
+                "per_class": {
+                    name: {m: float(ap[k]) for m, ap in r.ap.items()} for k, name in enumerate(truth.classes)
+                },
+                **r.details,
+            }
+            for r in runs
+        ],
+    }
+    return _without_nan(report)
+
+
+def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
+    """Say why the metrics differ, and what about this ground truth limits them.
+
+    Args:
+        truth (GroundTruth): The ground truth.
+        iou (float): Threshold of the devkit's metric.
+        runs (int): Number of runs in the table.
+
+    Returns:
+        (list[str]): One sentence or two each.
+    """
+    lines = [
+        f"VOC is the devkit's metric at IoU {iou:g}: a detection belongs to the object it overlaps most, and difficult "
+        "objects count neither way. VOC10+ is the area under the monotone precision-recall curve, VOC07 the mean of "
+        "its height at 11 recalls (in integers, so that a recall of exactly 0.3 reaches 0.3).",
+        "COCO gives a detection the best object still free, takes difficult objects as crowd and the 100 best "
+        "detections per image and class, and averages precision at 101 recalls; AP is the mean over IoU 0.50 to 0.95.",
+        "Ultralytics interpolates linearly between the points of the curve before it averages at 101 recalls, and "
+        "leaves difficult objects out of its labels, so that a detection on one is false.",
+    ]
+    if not truth.difficult_known:
+        lines.append(
+            "Difficult flags are unknown: YOLO labels do not hold them, so every object counts as one to be found."
+        )
+    if undefined := [name for name, n in zip(truth.classes, truth.positives(), strict=True) if not n]:
+        lines.append(f"Without an object to be found, so without AP and not in the mean: {', '.join(undefined)}.")
+    if runs > 1:
+        lines.append(f"Mean ± sample standard deviation of {runs} runs.")
+    return lines
+
+
+def _cell(values: Sequence[float]) -> str:
+    if np.isnan(values).any():
+        return "–"
+    return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Align cells: the first column to the left, numbers to the right."""
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    lines = [rows[0], rule, *rows[1:]]
+    return "".join("| " + " | ".join([row[0].ljust(widths[0]), *_right(row[1:], widths[1:])]) + " |\n" for row in lines)
+
+
+def _right(cells: Iterable[str], widths: Iterable[int]) -> list[str]:
+    return [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+
+
+def _without_nan(value: Any) -> Any:
+    """Replace NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and np.isnan(value) else value

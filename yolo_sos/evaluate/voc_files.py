@@ -1,0 +1,175 @@
+# yolo-sos, AGPL-3.0
+"""Ground truth of Pascal VOC annotations, and detections in the devkit's text files.
+
+The devkit reads one file per class, `comp4_det_{image set}_{class}.txt`, one detection per line:
+
+    image-id score xmin ymin xmax ymax
+
+1-based and inclusive, so that a detection that is narrower than a pixel has `xmax < xmin`, by less than 1. The devkit
+prints six decimals; here numbers are written with as many as it takes to read the same number back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from yolo_sos.evaluate.boxes import Detections, GroundTruth, snap
+from yolo_sos.files import write_text
+
+_TO_CONTINUOUS = np.array([-1.0, -1.0, 0.0, 0.0])  # the first pixel covers [0, 1], see boxes.py
+
+
+class AnnotatedObject(Protocol):
+    """One object of a VOC annotation: its box is xmin, ymin, xmax, ymax as in the file."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def box(self) -> tuple[float, float, float, float]: ...
+    @property
+    def difficult(self) -> bool: ...
+
+
+class Annotation(Protocol):
+    """What one VOC annotation says of its image, such as `yolo_sos.data.voc.VOCAnnotation`."""
+
+    @property
+    def image_id(self) -> str: ...
+    @property
+    def objects(self) -> Sequence[AnnotatedObject]: ...
+
+
+def voc_truth(annotations: Iterable[Annotation], classes: Sequence[str] | None = None, source: str = "") -> GroundTruth:
+    """Make a ground truth of VOC annotations.
+
+    Args:
+        annotations (Iterable[Annotation]): One per image.
+        classes (Sequence[str] | None): Names of the classes; by default those that occur, sorted.
+        source (str): Folder of the XML files, for errors.
+
+    Returns:
+        (GroundTruth): Images sorted by id, objects in the order of their file.
+
+    Raises:
+        ValueError: If an image id comes twice, a class is unknown, or a box is inside out; names file and object.
+    """
+    annotations = sorted(annotations, key=lambda a: a.image_id)
+    found = [(i, number, o) for i, a in enumerate(annotations) for number, o in enumerate(a.objects, start=1)]
+    names = sorted({o.name for _, _, o in found}) if classes is None else list(classes)
+
+    def where(i: int) -> str:
+        image, number, o = found[i]
+        return f"{Path(source, annotations[image].image_id)}.xml, object {number} ({o.name})"
+
+    index = {name: k for k, name in enumerate(names)}
+    for i, (_, _, o) in enumerate(found):
+        if o.name not in index:
+            raise ValueError(f"{where(i)}: unknown class '{o.name}'; the classes are {', '.join(names)}")
+    return GroundTruth.build(
+        classes=names,
+        images=[a.image_id for a in annotations],
+        image=[i for i, _, _ in found],
+        label=[index[o.name] for _, _, o in found],
+        boxes=snap(np.array([o.box for _, _, o in found], np.float64).reshape(-1, 4) + _TO_CONTINUOUS),
+        difficult=[o.difficult for _, _, o in found],
+        where=where,
+    )
+
+
+def read_voc_detections(folder: str | Path, truth: GroundTruth, image_set: str = "test") -> Detections:
+    """Read the devkit's detection files, `comp*_det_{image_set}_{class}.txt`.
+
+    Args:
+        folder (str | Path): Where the files lie.
+        truth (GroundTruth): Gives classes and images.
+        image_set (str): The image set in the files' names.
+
+    Returns:
+        (Detections): Class by class, each in the order of its file.
+
+    Raises:
+        FileNotFoundError: If a class has no file; one without detections is to be there and empty.
+        ValueError: If a file's class is unknown or comes twice, or a line is wrong; names file and line.
+    """
+    files = _class_files(Path(folder), truth, image_set)
+    images = {name: i for i, name in enumerate(truth.images)}
+    image: list[int] = []
+    label: list[int] = []
+    numbers: list[list[float]] = []  # score and box
+    places: list[tuple[Path, int]] = []
+    for k, path in enumerate(files):
+        for line, text in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+            if not text.strip():
+                continue
+            fields = text.rsplit(maxsplit=5)  # an id may hold blanks
+            try:
+                numbers.append([float(f) for f in fields[1:]])
+                if len(fields) != 6:
+                    raise ValueError
+            except ValueError:
+                raise ValueError(f"{path}, line {line}: '{text}' is not 'id score xmin ymin xmax ymax'") from None
+            if (name := fields[0].strip()) not in images:
+                raise ValueError(f"{path}, line {line}: {unknown_image(name, truth)}")
+            image.append(images[name])
+            label.append(k)
+            places.append((path, line))
+    table = np.array(numbers, np.float64).reshape(-1, 5)
+    boxes = snap(table[:, 1:] + _TO_CONTINUOUS)
+    return Detections.build(truth, image, label, table[:, 0], boxes, lambda i: "{}, line {}".format(*places[i]))
+
+
+def write_voc_detections(
+    folder: str | Path, truth: GroundTruth, detections: Detections, image_set: str = "test"
+) -> list[Path]:
+    """Write the devkit's files, `comp4_det_{image_set}_{class}.txt`, one per class, also for one without detections.
+
+    Args:
+        folder (str | Path): Where to; it is made.
+        truth (GroundTruth): Gives the names of classes and images.
+        detections (Detections): What to write.
+        image_set (str): The image set in the files' names.
+
+    Returns:
+        (list[Path]): The files.
+
+    Raises:
+        ValueError: If a class's name cannot be part of a file's name.
+    """
+    if bad := [name for name in truth.classes if "/" in name or "\\" in name]:
+        raise ValueError(f"class '{bad[0]}' cannot be part of a file's name, which the devkit's format asks for")
+    boxes = (detections.boxes - _TO_CONTINUOUS).tolist()
+    lines: list[list[str]] = [[] for _ in truth.classes]
+    columns = detections.image.tolist(), detections.label.tolist(), detections.score.tolist()
+    for image, label, score, box in zip(*columns, boxes, strict=True):
+        lines[label].append(" ".join([truth.images[image], repr(score), *map(repr, box)]) + "\n")
+    files = [Path(folder, f"comp4_det_{image_set}_{name}.txt") for name in truth.classes]
+    for path, content in zip(files, lines, strict=True):
+        write_text(path, "".join(content))
+    return files
+
+
+def unknown_image(name: object, truth: GroundTruth) -> str:
+    """Say that a detection's image is not in the annotations, and what images they have."""
+    example = f", such as '{truth.images[0]}'" if truth.images else ""
+    return f"image '{name}' is not in the annotations, which have {len(truth.images)} images{example}"
+
+
+def _class_files(folder: Path, truth: GroundTruth, image_set: str) -> list[Path]:
+    """Return the file of each class."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob(f"comp*_det_{image_set}_*.txt")):
+        name = path.stem.split(f"_det_{image_set}_", maxsplit=1)[1]
+        if name not in truth.classes:
+            raise ValueError(f"{path}: unknown class '{name}'; the classes are {', '.join(truth.classes)}")
+        if name in files:
+            raise ValueError(f"{path}: class '{name}' already has {files[name].name}")
+        files[name] = path
+    for name in truth.classes:
+        if name not in files:
+            wanted = folder / f"comp4_det_{image_set}_{name}.txt"
+            raise FileNotFoundError(f"{wanted}: no such file; a class without detections has an empty one")
+    return [files[name] for name in truth.classes]
