@@ -1,4 +1,3 @@
-# yolo-sos, AGPL-3.0
 #!/usr/bin/env python
 # yolo-sos, AGPL-3.0
 """Evaluate detectors by the VOC devkit's metric, COCO's and Ultralytics', side by side, on the same detections.
