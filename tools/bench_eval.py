@@ -1,4 +1,3 @@
-# yolo-sos, AGPL-3.0
 #!/usr/bin/env python
 # yolo-sos, AGPL-3.0
 """Time the devkit metric against COCO evaluators on the same arrays: speed and memory, side by side, one thread.

@@ -53,7 +53,7 @@ def final_layers(model: nn.Module) -> list[FinalLayer]:
             "v8 to v12 or 26, or for the linear layer of a Classify head."
         )
     layers = []
-    for branch in _branches(head):
+    for branch in _branches(head).values():
         classifiers = [_last(tower) for tower in branch["cls_head"]]
         for key, kind in KIND_OF_BRANCH.items():
             for scale, tower in enumerate(branch.get(key, ())):
@@ -77,12 +77,12 @@ def select_layers(layers: Sequence[FinalLayer], kinds: Iterable[str]) -> list[Fi
     return chosen
 
 
-def _branches(head: Detect) -> list[dict[str, Sequence[nn.Module]]]:
-    """Return the branches of a Detect head that exist: fusing removes one."""
-    branches = [head.one2many]
+def _branches(head: Detect) -> dict[str, dict[str, Sequence[nn.Module]]]:
+    """Return the branches of a Detect head that exist, by name: fusing removes one."""
+    branches = {"one2many": head.one2many}
     if getattr(head, "one2one_cv2", None) is not None:
-        branches.append(head.one2one)
-    return [branch for branch in branches if branch["box_head"] is not None]
+        branches["one2one"] = head.one2one
+    return {name: branch for name, branch in branches.items() if branch["box_head"] is not None}
 
 
 def _last(tower: nn.Module) -> nn.Module:
@@ -123,18 +123,31 @@ class HostTask:
             return outputs[self._names[self.head.linear]]
         branches = _branches(self.head)
         if "one2many" not in output:
-            return self._replay_branch(output, branches[0], outputs)
-        return {
-            name: self._replay_branch(output[name], branch, outputs)
-            for name, branch in zip(("one2many", "one2one"), branches, strict=True)
-        }
+            return self._replay_branch(output, branches["one2many"], outputs)
+        return {name: self._replay_branch(output[name], branch, outputs) for name, branch in branches.items()}
+
+    def decode(self, output: Any, raw: Any) -> Any:
+        """Return what the model would have returned in eval mode, had its raw predictions been ``raw``.
+
+        Args:
+            output (tuple | list): What it did return: decoded and raw predictions. Of the former, what the final layers
+                have no part in (mask prototypes) is taken over.
+            raw (Any): Other raw predictions, of ``replay``.
+        """
+        head = self.head
+        if isinstance(head, Classify):
+            return raw.softmax(1), raw
+        decoded = head._inference(raw["one2one" if head.end2end else "one2many"] if "one2one" in raw else raw)
+        if head.end2end:
+            decoded = head.postprocess(decoded.permute(0, 2, 1))
+        return (decoded, *output[0][1:]) if isinstance(output[0], tuple) else decoded, raw
 
     def _replay_branch(self, output: dict[str, Any], branch: dict[str, Any], outputs: dict[str, Tensor]) -> Any:
         def stand_in(tower: nn.Module):
             result = outputs.get(self._names[_last(tower)])
             return lambda _: result  # in place of the tower: whatever comes in, this is what comes out
 
-        stand_ins = {key: [stand_in(tower) for tower in towers] for key, towers in branch.items()}
+        stand_ins = {key: [stand_in(tower) for tower in towers or ()] for key, towers in branch.items()}  # fused: None
         return {**output, **self.head.forward_head(output["feats"], **stand_ins)}
 
     def loss(self, output: Any, batch: dict[str, Any]) -> Tensor:

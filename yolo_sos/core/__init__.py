@@ -4,6 +4,7 @@
 from yolo_sos.core.capture import InputCapture
 from yolo_sos.core.gram import Gram
 from yolo_sos.core.layers import FinalLayer, input_rows, weight_matrix
+from yolo_sos.core.plain import ModelTask, last_linear, shift_model
 from yolo_sos.core.shift import METHODS, LayerRecord, Method, ShiftReport, shift_layers
 from yolo_sos.core.solver import (
     NON_FINITE,
@@ -33,6 +34,7 @@ __all__ = [
     "InputCapture",
     "LayerRecord",
     "Method",
+    "ModelTask",
     "RowSample",
     "ShiftReport",
     "ShiftResult",
@@ -40,9 +42,11 @@ __all__ = [
     "budgeted_shift",
     "expected_shift",
     "input_rows",
+    "last_linear",
     "minimum_norm_shift",
     "principal_shift",
     "row_weights",
     "shift_layers",
+    "shift_model",
     "weight_matrix",
 ]

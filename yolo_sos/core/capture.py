@@ -36,13 +36,14 @@ class InputCapture:
         self.inputs: dict[str, Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def _keep(self, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.inputs[name] = args[0].detach()
+    def _keep(self, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        self.inputs[name] = (args[0] if args else kwargs["input"]).detach()
 
     def __enter__(self) -> InputCapture:
         """Register one hook per layer."""
         for layer in self.layers:
-            self._handles.append(layer.module.register_forward_pre_hook(partial(self._keep, layer.name)))
+            hook = partial(self._keep, layer.name)
+            self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *exc) -> None:

@@ -62,6 +62,10 @@ class Method:
         rank = max(1, round(self.rank * d)) if isinstance(self.rank, float) else self.rank
         return rank if self.name == "rows" else min(rank, d)
 
+    def collects(self, seed: int) -> tuple[Any, ...]:
+        """Return what tells accumulators apart: the weighting and, for drawn rows, the seed."""
+        return (self.weighting, seed) if self.name == "rows" else (self.weighting,)
+
     def accumulator(self, d: int, generator: torch.Generator) -> GroupedGram | RowSample:
         """Return what collects the rows of a layer of input size d."""
         return RowSample(d, self.rank_of(d), generator) if self.name == "rows" else GroupedGram(d)
@@ -69,7 +73,7 @@ class Method:
     def solve(self, rows: GroupedGram | RowSample, weight: Tensor) -> ShiftResult:
         """Return the shift of ``weight`` ``(out, d)`` for the rows collected."""
         if isinstance(rows, RowSample):
-            return minimum_norm_shift(rows.sample.to(weight.device), weight, method=self.solver)
+            return minimum_norm_shift(rows.take(self.rank_of(rows.d)).to(weight.device), weight, method=self.solver)
         if self.name == "expected":
             return expected_shift(rows.gram, weight, rows=self.rank_of(rows.d))
         if self.name == "budget":
@@ -179,6 +183,84 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = mode  # not train(): it would overrule frozen BatchNorm below
 
 
+def layer_outputs(
+    layers: Sequence[FinalLayer], weights: dict[str, Tensor], inputs: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return what the layers make of their ``inputs`` with ``weights`` (layer name → ``(out, d)``); others keep theirs.
+
+    The layers themselves stay as they are.
+    """
+    outputs = {}
+    for layer in layers:
+        weight = weights.get(layer.name, weight_matrix(layer.module))
+        parameters = {"weight": weight.view_as(layer.module.weight)}  # type: ignore[arg-type]
+        x = inputs[layer.name].to(weight.dtype)  # a model that ran under autocast hands over less than float32
+        outputs[layer.name] = torch.func.functional_call(layer.module, parameters, x)
+    return outputs
+
+
+class Collector:
+    """What the inputs of the final layers say, for one method or for many: images run through the model only once.
+
+    Spectral methods of one weighting share their second moments. Drawings of one weighting and seed share a sample, of
+    which each takes as much as it asks for.
+
+    Args:
+        task (Task): How to judge a row.
+        layers (Sequence[FinalLayer]): All final layers of the model's output.
+        shifted (Sequence[FinalLayer]): Those to collect for.
+        trials (Iterable[tuple[Method, int]]): The methods that ``solve`` will be asked for, each with the seed of its
+            drawing.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        layers: Sequence[FinalLayer],
+        shifted: Sequence[FinalLayer],
+        trials: Iterable[tuple[Method, int]],
+    ):
+        """Start empty."""
+        self.task = task
+        self.layers = layers
+        self.shifted = shifted
+        self._collected: dict[tuple[Any, ...], dict[str, GroupedGram | RowSample]] = {}
+        sharing: dict[tuple[Any, ...], list[Method]] = {}
+        for method, seed in trials:
+            sharing.setdefault(method.collects(seed), []).append(method)
+        for key, methods in sharing.items():
+            generator = torch.Generator().manual_seed(key[-1]) if len(key) > 1 else torch.Generator()
+            self._collected[key] = {}
+            for layer in shifted:
+                d = weight_matrix(layer.module).shape[1]
+                largest = max(methods, key=lambda m, d=d: m.rank_of(d))  # type: ignore[misc]
+                self._collected[key][layer.name] = largest.accumulator(d, generator)
+
+    def add(self, inputs: dict[str, Tensor], batch: Any) -> None:
+        """Add one batch's rows to each accumulator, weighted by what their class layer says of them."""
+        rows = {layer.name: input_rows(layer.module, inputs[layer.name]) for layer in self.layers}
+        by_name = {layer.name: layer for layer in self.layers}
+        probabilities: dict[str, Tensor] = {}
+        for layer in self.shifted:
+            if layer.classifier not in probabilities:
+                classifier = by_name[layer.classifier]
+                logits = output_rows(classifier.module, rows[classifier.name])
+                probabilities[classifier.name] = self.task.probabilities(classifier, logits, batch)
+            weights: dict[Any, Tensor] = {}
+            for (weighting, *_), collected in self._collected.items():
+                if weighting not in weights:
+                    weights[weighting] = row_weights(weighting, layer.kind, probabilities[layer.classifier])
+                collected[layer.name].update(rows[layer.name], weights[weighting])
+
+    def solve(self, layer: FinalLayer, method: Method, seed: int = 0) -> ShiftResult:
+        """Return one layer's shift by one of the methods."""
+        return method.solve(self._collected[method.collects(seed)][layer.name], weight_matrix(layer.module))
+
+    def rows(self, layer: FinalLayer) -> int:
+        """Return the number of a layer's rows so far."""
+        return next(iter(self._collected.values()))[layer.name].rows
+
+
 class HeldOut:
     """The task loss on held-out batches as a function of the final layers' weights alone.
 
@@ -199,11 +281,7 @@ class HeldOut:
         """Return the mean loss per image with ``weights`` (layer name → ``(out, d)``); other layers keep theirs."""
         total, images = 0.0, 0
         for batch, output, inputs in self.batches:
-            outputs = {}
-            for layer in self.layers:
-                weight = weights.get(layer.name, weight_matrix(layer.module))
-                parameters = {"weight": weight.view_as(layer.module.weight)}  # type: ignore[arg-type]
-                outputs[layer.name] = torch.func.functional_call(layer.module, parameters, inputs[layer.name])
+            outputs = layer_outputs(self.layers, weights, inputs)
             size = self.task.size(batch)
             total += size * float(self.task.loss(self.task.replay(output, outputs), batch))
             images += size
@@ -251,9 +329,8 @@ def shift_layers(
     shifted = list(layers if shifted is None else shifted)
     if not shifted:
         raise ValueError("There is no layer to shift.")
-    generator = torch.Generator().manual_seed(seed)
-    collected = {layer.name: method.accumulator(weight_matrix(layer.module).shape[1], generator) for layer in shifted}
     watched = list({layer.name: layer for layer in layers}.values())
+    collector = Collector(task, watched, shifted, [(method, seed)])
     kept = HeldOut(task, watched)
     watch = Stopwatch(shifted[0].module.weight.device)  # type: ignore[arg-type]
 
@@ -263,53 +340,30 @@ def shift_layers(
             task.forward(model, batch)
             inputs = capture.take()
             watch.lap("forward")
-            _collect(method, task, watched, collected, inputs, batch)
+            collector.add(inputs, batch)
             watch.lap("rows")
-        if not any(rows.rows for rows in collected.values()):
+        if not any(collector.rows(layer) for layer in shifted):
             raise ValueError("There is nothing to fit on: no batch had a row.")
         for batch in heldout if guard is not None else ():
             watch.lap("sample")
             output = task.forward(model, batch)
             kept.add(batch, output, capture.take())
             watch.lap("forward")
-        results = {layer.name: method.solve(collected[layer.name], weight_matrix(layer.module)) for layer in shifted}
+        results = {layer.name: collector.solve(layer, method, seed) for layer in shifted}
         watch.lap("solve")
         if guard is not None and not kept.batches:
             raise ValueError("The guard needs held-out batches; pass some, or guard=None.")
-        step, before, after = _guard(shifted, results, kept, guard)
+        step, before, after = guarded_step(shifted, results, kept, guard)
         watch.lap("guard")
 
     if step > 0:
         _write([(layer, stepped(layer, results[layer.name], step)) for layer in shifted])
     watch.lap("write")
-    records = tuple(_record(layer, collected[layer.name].rows, results[layer.name], step) for layer in shifted)
+    records = tuple(_record(layer, collector.rows(layer), results[layer.name], step) for layer in shifted)
     return ShiftReport(records, before, after, step, watch.milliseconds)
 
 
-def _collect(
-    method: Method,
-    task: Task,
-    layers: Sequence[FinalLayer],
-    collected: dict[str, GroupedGram | RowSample],
-    inputs: dict[str, Tensor],
-    batch: Any,
-) -> None:
-    """Add one batch's rows to each layer's accumulator, weighted by what their class layer says of them."""
-    rows = {layer.name: input_rows(layer.module, inputs[layer.name]) for layer in layers}
-    by_name = {layer.name: layer for layer in layers}
-    probabilities: dict[str, Tensor] = {}
-    for layer in layers:
-        if layer.name not in collected:
-            continue
-        if layer.classifier not in probabilities:
-            classifier = by_name[layer.classifier]
-            logits = output_rows(classifier.module, rows[classifier.name])
-            probabilities[classifier.name] = task.probabilities(classifier, logits, batch)
-        weights = row_weights(method.weighting, layer.kind, probabilities[layer.classifier])
-        collected[layer.name].update(rows[layer.name], weights)
-
-
-def _guard(
+def guarded_step(
     layers: Sequence[FinalLayer], results: dict[str, ShiftResult], heldout: HeldOut, guard: float | None
 ) -> tuple[float, float, float]:
     """Return the accepted step and the held-out loss before and after it."""

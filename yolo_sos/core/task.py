@@ -47,8 +47,17 @@ class ClassifierTask:
         return model(batch[0])
 
     def probabilities(self, layer: FinalLayer, logits: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the labels as one-hot rows: what is known is better than what is predicted."""
-        return nn.functional.one_hot(batch[1], logits.shape[1]).to(logits.dtype)
+        """Return the labels as one-hot rows: what is known is better than what is predicted.
+
+        Labels outside 0 … C−1, such as cross-entropy's ignore_index, give rows of zeros, which no weighting counts.
+        Where there is not one integer label per row (regression, soft labels), or a single output, what the layer
+        predicts stands in.
+        """
+        labels, (n, c) = batch[1], logits.shape
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.numel() != n or c == 1:
+            return logits.softmax(1)
+        classes = torch.arange(c, device=labels.device)
+        return (labels.reshape(-1, 1) == classes).to(logits)
 
     def replay(self, output: Tensor, outputs: dict[str, Tensor]) -> Tensor:
         """Return the final layer's output, which is the model's."""

@@ -108,23 +108,21 @@ class RowSample:
         self.wanted = rows
         self.rows = 0
         self.generator = generator
-        self._quota: list[int] = []
+        self._lot: list[int] = []  # the groups, in the order in which they get what does not divide
         self._kept: list[tuple[Tensor, Tensor]] = []  # per group: keys (k,), rows (k, d)
 
     def update(self, features: Tensor, weights: Tensor) -> None:
         """Offer rows ``features`` ``(n, d)`` with ``weights`` ``(n, groups)``."""
         n, groups = weights.shape
-        if not self._quota:
-            share, rest = divmod(self.wanted, groups)
-            extra = set(torch.randperm(groups, generator=self.generator)[:rest].tolist())
-            self._quota = [share + (g in extra) for g in range(groups)]
+        if not self._lot:
+            self._lot = torch.randperm(groups, generator=self.generator).tolist()
             self._kept = [(torch.empty(0, dtype=torch.float64), features[:0]) for _ in range(groups)]
         self.rows += n
         waiting = torch.empty(n, groups, dtype=torch.float64).exponential_(generator=self.generator)
         # Weight 0 waits for ever. A row that is not a number is drawn for certain: the solver must see it.
         keys = (waiting / weights.double().cpu()).nan_to_num(nan=0.0, posinf=torch.inf)
         keys[~features.isfinite().all(1).cpu()] = 0.0
-        for g, quota in enumerate(self._quota):
+        for g, quota in enumerate(self._quotas(self.wanted)):
             pool = torch.cat([self._kept[g][0], keys[:, g]])
             finite = int(pool.isfinite().sum())
             best, index = pool.topk(min(quota, finite), largest=False)
@@ -134,7 +132,21 @@ class RowSample:
             rows = torch.cat([self._kept[g][1][old.to(features.device)], features[new.to(features.device)]])
             self._kept[g] = (best[order], rows)
 
+    def _quotas(self, rows: int) -> list[int]:
+        share, rest = divmod(rows, len(self._lot))
+        return [share + (g in self._lot[:rest]) for g in range(len(self._lot))]
+
     @property
     def sample(self) -> Tensor:
         """The rows drawn, ``(at most rows, d)``, in the features' dtype and device."""
-        return torch.cat([rows for _, rows in self._kept]) if self._kept else torch.empty(0, self.d)
+        return self.take(self.wanted)
+
+    def take(self, rows: int) -> Tensor:
+        """Return the sample that would have been drawn if ``rows`` had been asked for, at most as many as were."""
+        if not self._kept:
+            return torch.empty(0, self.d)
+        if rows > self.wanted:
+            raise ValueError(f"rows={rows} is more than the {self.wanted} that were drawn.")
+        # The rows of the smallest keys: a smaller sample is part of a larger one.
+        quotas = zip(self._quotas(rows), self._kept, strict=True)
+        return torch.cat([kept[keys.argsort()[:quota].to(kept.device)] for quota, (keys, kept) in quotas])

@@ -1,0 +1,154 @@
+# yolo-sos, AGPL-3.0
+"""The streaming second moment."""
+
+import gc
+import itertools
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from yolo_sos.core import Gram
+from yolo_sos.core import gram as gram_module
+
+PROPERTY = settings(derandomize=True, max_examples=50, deadline=None, database=None)
+
+
+def dense(a, w):
+    """Return Σ w aᵀa by the definition, row by row, in numpy."""
+    return sum((wi * np.outer(ai, ai) for ai, wi in zip(a, w, strict=True)), np.zeros((a.shape[1],) * 2))
+
+
+@st.composite
+def streams(draw):
+    """Draw rows, weights and the places where the stream is cut."""
+    n, d, seed = draw(st.integers(0, 30)), draw(st.integers(1, 6)), draw(st.integers(0, 2**31))
+    g = torch.Generator().manual_seed(seed)
+    a = torch.randn(n, d, generator=g, dtype=torch.float64) * 10 ** draw(st.integers(-3, 3))
+    w = torch.rand(n, generator=g, dtype=torch.float64) * (torch.rand(n, generator=g) > 0.2)
+    cuts = sorted(draw(st.lists(st.integers(0, n), max_size=4)))
+    return a, w, [0, *cuts, n]
+
+
+@PROPERTY
+@given(streams(), st.booleans())
+def test_pieces_add_up_to_the_dense_sum(stream, weighted):
+    a, w, cuts = stream
+    gram = Gram(a.shape[1])
+    for i, j in itertools.pairwise(cuts):
+        assert gram.update(a[i:j], w[i:j] if weighted else None) is gram
+    w = w if weighted else torch.ones_like(w)
+    expected = dense(a.numpy(), w.numpy())
+    np.testing.assert_allclose(gram.matrix.numpy(), expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
+    assert gram.rows == len(a)  # those of weight zero too
+    assert gram.mass == pytest.approx(float(w.sum()), rel=1e-12)
+
+
+@PROPERTY
+@given(streams())
+def test_merging_is_having_seen_both(stream):
+    a, w, cuts = stream
+    d, middle = a.shape[1], cuts[1]
+    first, second = Gram(d).update(a[:middle], w[:middle]), Gram(d).update(a[middle:], w[middle:])
+    before = first.matrix.clone(), second.matrix.clone()
+    merged, whole = first + second, Gram(d).update(a, w)
+    assert torch.allclose(merged.matrix, whole.matrix, rtol=1e-12, atol=0)
+    assert (merged.rows, merged.mass) == (whole.rows, pytest.approx(whole.mass, rel=1e-12))
+    merged.update(torch.ones(1, d))  # no memory is shared with the operands
+    assert torch.equal(first.matrix, before[0])
+    assert torch.equal(second.matrix, before[1])
+
+
+def test_mean_is_per_unit_of_mass():
+    a = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
+    gram = Gram(2).update(a, torch.tensor([1.0, 0.0, 3.0]))
+    before = gram.matrix.clone()
+    mean = gram.mean()
+    # (1·[1 2]ᵀ[1 2] + 3·[5 6]ᵀ[5 6]) / 4
+    assert torch.equal(mean.matrix, torch.tensor([[19.0, 23.0], [23.0, 28.0]], dtype=torch.float64))
+    assert (mean.mass, mean.rows, mean.d) == (1.0, 3, 2)
+    mean.update(a)
+    assert torch.equal(gram.matrix, before)
+
+
+def test_mean_of_nothing_is_zero():
+    for gram in (Gram(3), Gram(3).update(torch.ones(2, 3), torch.zeros(2))):
+        mean = gram.mean()
+        assert not mean.matrix.any()  # not 0/0
+        assert mean.mass == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision_rows_are_summed_in_float64(dtype):
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(500, 4, generator=g).to(dtype)
+    w = torch.rand(500, generator=g).to(dtype)
+    gram = Gram(4).update(a, w)
+    assert gram.matrix.dtype == torch.float64
+    expected = dense(a.double().numpy(), w.double().numpy())
+    np.testing.assert_allclose(gram.matrix.numpy(), expected, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 6, 7, 8, 20])
+def test_rows_turn_into_float64_a_chunk_at_a_time(monkeypatch, rows, weighted):
+    g = torch.Generator().manual_seed(1)
+    a, w = torch.randn(rows, 3, generator=g), torch.rand(rows, generator=g) if weighted else None
+    whole = Gram(3).update(a, w)
+    sizes, convert = [], gram_module.as_float64
+
+    def spy(x):
+        sizes.append(len(x))
+        return convert(x)
+
+    monkeypatch.setattr(gram_module, "CHUNK", 7)
+    monkeypatch.setattr(gram_module, "as_float64", spy)
+    chunked = Gram(3).update(a, w)
+    assert max(sizes, default=0) <= 7
+    assert sum(sizes) == rows * (1 + weighted)
+    assert torch.allclose(chunked.matrix, whole.matrix, rtol=1e-13, atol=0)
+    assert (chunked.rows, chunked.mass) == (whole.rows, pytest.approx(whole.mass, rel=1e-13))
+
+
+def test_what_is_held_does_not_grow_with_the_rows():
+    def held(gram):
+        return sum(v.untyped_storage().nbytes() for v in vars(gram).values() if isinstance(v, torch.Tensor))
+
+    gram = Gram(8).update(torch.ones(1, 8))
+    few = held(gram)
+    for _ in range(20):
+        features, weights = torch.ones(1000, 8, dtype=torch.float64), torch.ones(1000, dtype=torch.float64)
+        gram.update(features, weights)
+    alive = weakref.ref(features), weakref.ref(weights)
+    del features, weights
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]  # rows are let go
+    assert held(gram) == few == 8 * 8 * 8
+    assert gram.rows == 20_001
+
+
+@pytest.mark.parametrize(
+    ("features", "weights", "message"),
+    [
+        ((3, 4), None, r"features has shape \(3, 4\); expected \(n, 5\)"),
+        ((5,), None, r"features has shape \(5,\)"),
+        ((2, 3, 5), None, r"features has shape \(2, 3, 5\)"),
+        ((3, 5), (4,), r"weights has shape \(4,\); expected \(3,\)"),
+        ((3, 5), (3, 1), r"weights has shape \(3, 1\); expected \(3,\)"),
+    ],
+)
+def test_shapes_that_do_not_fit(features, weights, message):
+    gram = Gram(5)
+    with pytest.raises(ValueError, match=message):
+        gram.update(torch.ones(features), None if weights is None else torch.ones(weights))
+    assert (gram.rows, gram.mass, bool(gram.matrix.any())) == (0, 0.0, False)
+
+
+def test_sizes_that_do_not_fit():
+    with pytest.raises(ValueError, match="d=0 is the length of a row; it must be at least 1"):
+        Gram(0)
+    with pytest.raises(ValueError, match="Cannot add a Gram of d=2 and one of d=3"):
+        Gram(2) + Gram(3)

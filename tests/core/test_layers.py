@@ -1,0 +1,258 @@
+# yolo-sos, AGPL-3.0
+"""Linear layers as matrices, and their inputs while a model runs."""
+
+import pytest
+import torch
+from torch import nn
+
+from yolo_sos.core import FinalLayer, InputCapture, input_rows, weight_matrix
+from yolo_sos.core.layers import check_linear, output_rows, write_weight
+
+# name: layer, shape of its input, rows of its input matrix
+LAYERS = {
+    "linear (n, d)": (lambda bias: nn.Linear(5, 3, bias=bias), (4, 5), 4),
+    "linear (d,)": (lambda bias: nn.Linear(5, 3, bias=bias), (5,), 1),
+    "linear (a, b, c, d)": (lambda bias: nn.Linear(5, 3, bias=bias), (2, 3, 4, 5), 24),
+    "conv": (lambda bias: nn.Conv2d(5, 3, 1, bias=bias), (2, 5, 4, 6), 48),
+    "conv stride 2": (lambda bias: nn.Conv2d(5, 3, 1, stride=2, bias=bias), (2, 5, 5, 6), 18),
+    "conv stride (1, 3)": (lambda bias: nn.Conv2d(5, 3, 1, stride=(1, 3), bias=bias), (2, 5, 5, 7), 30),
+    "conv unbatched": (lambda bias: nn.Conv2d(5, 3, 1, bias=bias), (5, 4, 6), 24),
+    "conv unbatched stride 2": (lambda bias: nn.Conv2d(5, 3, 1, stride=2, bias=bias), (5, 5, 7), 12),
+    "conv dilation 2": (lambda bias: nn.Conv2d(5, 3, 1, dilation=2, bias=bias), (2, 5, 4, 6), 48),
+    "conv padding same": (lambda bias: nn.Conv2d(5, 3, 1, padding="same", bias=bias), (2, 5, 4, 6), 48),
+}
+
+
+def rows_of_output(module, z):
+    """Return a layer's own output as ``(n, out)``."""
+    if isinstance(module, nn.Linear):
+        return z.reshape(-1, z.shape[-1])
+    return z.movedim(-3, -1).reshape(-1, z.shape[-3])
+
+
+def make(name, bias):
+    """Return a float64 layer and an input for it."""
+    layer, shape, n = LAYERS[name]
+    g = torch.Generator().manual_seed(0)
+    module = layer(bias).double()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(generator=g)
+    return module, torch.randn(shape, generator=g, dtype=torch.float64), n
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_rows_times_weight_is_the_layers_output(name, bias, memory_format):
+    module, x, n = make(name, bias)
+    if x.ndim == 4:
+        x, module = x.to(memory_format=memory_format), module.to(memory_format=memory_format)
+    check_linear(module, name)
+    z = rows_of_output(module, module(x))
+    rows = input_rows(module, x)
+    assert rows.shape == (n, 5)
+    by_hand = rows @ module.weight.view(3, 5).T + (module.bias if bias else 0)
+    assert torch.allclose(by_hand, z, rtol=1e-12, atol=1e-13)
+    assert torch.allclose(rows @ weight_matrix(module).T + (module.bias if bias else 0), z, rtol=1e-12, atol=1e-13)
+    assert torch.allclose(output_rows(module, rows), z, rtol=1e-12, atol=1e-13)
+
+
+def test_rows_follow_images_then_lines_then_columns():
+    x = torch.arange(2 * 3 * 2 * 2).view(2, 3, 2, 2)  # image · 12 + channel · 4 + line · 2 + column
+    rows = input_rows(nn.Conv2d(3, 1, 1), x)
+    firsts = [0, 1, 2, 3, 12, 13, 14, 15]
+    assert rows.tolist() == [[i, i + 4, i + 8] for i in firsts]
+
+
+def test_outputs_are_computed_in_the_weights_dtype():
+    module = nn.Linear(5, 3)
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).half()
+    z = output_rows(module, x)
+    assert z.dtype == torch.float32
+    assert torch.equal(z, module(x.float()))
+    assert not z.requires_grad
+
+
+@pytest.mark.parametrize("name", ["linear (n, d)", "conv"])
+def test_weight_is_a_view_and_is_written_in_place(name):
+    module, x, _ = make(name, bias=True)
+    parameter, address = module.weight, module.weight.data_ptr()
+    bias, shape = module.bias.detach().clone(), module.weight.shape
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    assert weight_matrix(module).data_ptr() == address
+    assert not weight_matrix(module).requires_grad
+    new = torch.arange(15, dtype=torch.float64).view(5, 3).T  # (out, d), not contiguous
+    write_weight(module, new)
+    assert torch.equal(weight_matrix(module), new)
+    assert module.weight is parameter
+    assert module.weight.data_ptr() == address
+    assert module.weight.shape == shape
+    assert torch.equal(module.bias, bias)
+    assert parameter.is_leaf
+    assert parameter.requires_grad
+    module(x).sum().backward()
+    optimizer.step()  # the optimizer holds this very parameter
+    assert not torch.equal(weight_matrix(module), new)
+
+
+class Custom(nn.Module):
+    """Neither of the two supported layers, though it has a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "message"),
+    [
+        (nn.Conv2d(6, 4, 1, groups=2), ValueError, "groups=2"),
+        (nn.Conv2d(5, 3, 3), ValueError, r"kernel_size=\(3, 3\)"),
+        (nn.Conv2d(5, 3, (1, 3)), ValueError, r"kernel_size=\(1, 3\)"),
+        (nn.Conv2d(5, 3, 1, padding=1), ValueError, r"padding=\(1, 1\)"),
+        (nn.Conv2d(5, 3, 1, padding=(0, 1)), ValueError, r"padding=\(0, 1\)"),
+        (nn.Conv1d(5, 3, 1), TypeError, "Conv1d"),
+        (nn.Conv3d(5, 3, 1), TypeError, "Conv3d"),
+        (nn.ConvTranspose2d(5, 3, 1), TypeError, "ConvTranspose2d"),
+        (nn.Bilinear(5, 5, 3), TypeError, "Bilinear"),
+        (nn.Embedding(5, 3), TypeError, "Embedding"),
+        (nn.Sequential(nn.Linear(5, 3)), TypeError, "Sequential"),
+        (Custom(), TypeError, "Custom"),
+        # What is written to these weights would be lost, without a word.
+        (nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)), ValueError, "weight"),
+        (nn.utils.parametrizations.spectral_norm(nn.Conv2d(5, 3, 1)), ValueError, "weight"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else None,
+)
+def test_other_layers_are_refused_by_name(module, error, message):
+    for refuse in (check_linear, lambda module, name: FinalLayer(name, module)):
+        with pytest.raises(error, match=rf"^model\.23\.cv2\.0\.2 .*{message}"):
+            refuse(module, "model.23.cv2.0.2")
+
+
+def test_a_layer_without_a_classifier_is_its_own():
+    module = nn.Linear(5, 3)
+    assert FinalLayer("fc", module).classifier == "fc"
+    assert FinalLayer("fc", module, classifier="other").classifier == "other"
+    assert (FinalLayer("fc", module).kind, FinalLayer("fc", module).scale) == ("linear", 0)
+
+
+# Capture --------------------------------------------------------------------------------------------------------------
+class Branches(nn.Module):
+    """Two convolutions and a linear layer on one stem; may skip the last, or fail between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(2, 5, 3)
+        self.a, self.b, self.fc = nn.Conv2d(5, 3, 1), nn.Conv2d(5, 4, 1, stride=2, bias=False), nn.Linear(5, 2)
+        self.skip = self.fail = False
+
+    def forward(self, x):
+        x = self.stem(x)
+        self.seen = x
+        a, b = self.a(x), self.b(x)
+        if self.fail:
+            raise ArithmeticError("in forward")
+        return (a, b) if self.skip else (a, b, self.fc(x.mean((2, 3))))
+
+
+def branches():
+    """Return the model, its final layers and a batch."""
+    model = Branches()
+    layers = [FinalLayer(name, getattr(model, name)) for name in ("a", "b", "fc")]
+    return model, layers, torch.randn(2, 2, 7, 8, generator=torch.Generator().manual_seed(0))
+
+
+def hooks(model):
+    """Return the number of forward hooks of either kind in a model."""
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def test_captured_rows_give_the_layers_outputs():
+    model, layers, x = branches()
+    with InputCapture(layers) as capture:
+        outputs = model(x)
+        inputs = capture.take()
+    assert list(inputs) == ["a", "b", "fc"]
+    for layer, z in zip(layers, outputs, strict=True):
+        rows = output_rows(layer.module, input_rows(layer.module, inputs[layer.name]))
+        assert torch.allclose(rows, rows_of_output(layer.module, z), atol=1e-6)
+        assert not inputs[layer.name].requires_grad
+    assert inputs["a"].data_ptr() == model.seen.data_ptr()  # neither copied nor moved
+
+
+def test_the_model_computes_the_same_with_hooks():
+    model, layers, x = branches()
+    plain = model(x)
+    with InputCapture(layers):
+        watched = model(x)
+    assert all(torch.equal(p, w) for p, w in zip(plain, watched, strict=True))
+    assert all(w.requires_grad for w in watched)
+
+
+def test_inputs_by_keyword_are_seen():
+    layers, x = [FinalLayer("a", nn.Linear(5, 3)), FinalLayer("b", nn.Conv2d(5, 3, 1))], torch.ones(1, 5, 2, 5)
+    with InputCapture(layers) as capture:
+        for layer in layers:
+            layer.module(input=x)
+        assert all(torch.equal(kept, x) for kept in capture.take().values())
+    assert not any(layer.module._forward_pre_hooks for layer in layers)
+
+
+def test_take_forgets_and_the_latest_call_counts():
+    model, layers, x = branches()
+    with InputCapture(layers) as capture:
+        model(x)
+        model(x + 1)
+        assert torch.equal(capture.take()["a"], model.seen)
+        assert capture.inputs == {}
+        with pytest.raises(RuntimeError, match="did not reach a, b, fc"):
+            capture.take()
+        model(x)
+        capture.clear()
+        assert capture.inputs == {}
+
+
+def test_a_layer_that_does_not_run_is_named():
+    model, layers, x = branches()
+    model.skip = True
+    with pytest.raises(RuntimeError, match="did not reach fc: "), InputCapture(layers) as capture:
+        model(x)
+        capture.take()
+    assert hooks(model) == 0
+
+
+def test_hooks_are_gone_after_the_block():
+    model, layers, x = branches()
+    capture = InputCapture(layers)
+    assert hooks(model) == 0
+    for _ in range(2):  # it can be entered again
+        with capture:
+            assert hooks(model) == 3
+            model(x)
+        assert hooks(model) == 0
+        assert capture.inputs == {}
+
+
+@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
+def test_hooks_are_gone_after_an_exception(error):
+    model, layers, x = branches()
+    model.fail = error is ArithmeticError
+    capture = InputCapture(layers)
+    with pytest.raises(error), capture:
+        model(x)
+        raise error
+    assert hooks(model) == 0
+    assert capture.inputs == {}
+
+
+def test_hooks_of_others_stay():
+    model, layers, x = branches()
+    calls = []
+    model.a.register_forward_pre_hook(lambda *_: calls.append(1))
+    with InputCapture(layers):
+        model(x)
+    model(x)
+    assert len(calls) == 2
+    assert hooks(model) == 1

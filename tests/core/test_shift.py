@@ -1,0 +1,877 @@
+# yolo-sos, AGPL-3.0
+"""A shift of a model's final layers: sample, capture, solve, guard, write."""
+
+import copy
+import math
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, one_hot
+
+from yolo_sos.core import (
+    METHODS,
+    SOLVERS,
+    ClassifierTask,
+    FinalLayer,
+    Gram,
+    GroupedGram,
+    InputCapture,
+    LayerRecord,
+    Method,
+    RowSample,
+    ShiftReport,
+    budgeted_shift,
+    expected_shift,
+    minimum_norm_shift,
+    principal_shift,
+    shift_layers,
+    weight_matrix,
+)
+from yolo_sos.core import shift as shift_module
+
+WIDTH, CLASSES = 16, 3
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+def filled(model, seed=0):
+    """Give a model seeded weights and BatchNorm statistics, and train mode with one BatchNorm frozen."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.5, generator=g)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d):
+            m.running_mean.normal_(generator=g)
+            m.running_var.uniform_(0.5, 2, generator=g)
+    model.train()
+    return model
+
+
+def mlp(dtype=torch.float32, dropout=0.5):
+    """Return a classifier with BatchNorm and dropout in train mode, and its final layer."""
+    model = nn.Sequential(
+        nn.Linear(4, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh(), nn.Dropout(dropout), nn.Linear(WIDTH, CLASSES)
+    )
+    model = filled(model).to(dtype)
+    return model, [FinalLayer("4", model[4])]
+
+
+def batches(*sizes, seed=1, dtype=torch.float32):
+    """Return batches of inputs and labels; every class has rows."""
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(n, 4, generator=g).to(dtype), torch.arange(n) % CLASSES) for n in sizes]
+
+
+class Detector(nn.Module):
+    """A stem, a tower for boxes and one for classes, and a 1×1 convolution on each."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.SiLU())
+        self.frozen = nn.BatchNorm2d(6)
+        self.box_tower = nn.Sequential(nn.Conv2d(6, 12, 1), nn.ReLU(), nn.Dropout(0.3))
+        self.cls_tower = nn.Sequential(nn.Conv2d(6, 10, 1), nn.SiLU())
+        self.box, self.cls = nn.Conv2d(12, 4, 1), nn.Conv2d(10, CLASSES, 1)
+
+    def forward(self, x):
+        x = self.frozen(self.stem(x))
+        return {"box": self.box(self.box_tower(x)), "cls": self.cls(self.cls_tower(x))}
+
+
+class DetectorTask:
+    """Squared error of boxes and cross-entropy of classes, against what the batch holds."""
+
+    def forward(self, model, batch):
+        return model(batch["img"])
+
+    def probabilities(self, layer, logits, batch):
+        assert layer.name == "cls"
+        return logits.sigmoid()
+
+    def replay(self, output, outputs):
+        return {**output, **outputs}
+
+    def loss(self, output, batch):
+        return (output["box"] - batch["box"]).square().mean() + cross_entropy(output["cls"], batch["label"])
+
+    def size(self, batch):
+        return len(batch["img"])
+
+
+def detector():
+    """Return a detector in train mode but for a frozen BatchNorm, and its final layers."""
+    model = filled(Detector())
+    model.frozen.eval()
+    layers = [FinalLayer("box", model.box, "box", classifier="cls"), FinalLayer("cls", model.cls, "cls")]
+    return model, layers
+
+
+def images(*sizes, seed=2):
+    """Return batches for the detector."""
+    g = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "img": torch.randn(n, 2, 5, 4, generator=g),
+            "box": torch.randn(n, 4, 5, 4, generator=g),
+            "label": torch.randint(CLASSES, (n, 5, 4), generator=g),
+        }
+        for n in sizes
+    ]
+
+
+# What must be as it was -----------------------------------------------------------------------------------------------
+def bits(model):
+    """Return every parameter and buffer, bit by bit: NaN equals itself."""
+    return {k: v.detach().numpy().tobytes() for k, v in model.state_dict().items()}
+
+
+def surroundings(model):
+    """Return all but the weights that a shift must leave alone."""
+    return {
+        "modes": [(name, m.training) for name, m in model.named_modules()],
+        "hooks": [(n, len(m._forward_pre_hooks), len(m._forward_hooks)) for n, m in model.named_modules()],
+        "grads": [(n, p.requires_grad, p.is_leaf, p.grad is None) for n, p in model.named_parameters()],
+        "identity": [(n, id(p), p.data_ptr()) for n, p in model.named_parameters()],
+        "grad mode": torch.is_grad_enabled(),
+        "random state": torch.get_rng_state().tolist(),
+    }
+
+
+def features(model, x):
+    """Return the inputs of the MLP's final layer in eval mode, by running the layers before it."""
+    twin = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        return twin[:-1](x)
+
+
+def norm(weight):
+    """Return the Frobenius norm, by numpy."""
+    return float(np.linalg.norm(weight.detach().double().numpy()))
+
+
+def counted(module):
+    """Return a list that grows with each call of a module."""
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+# The solution ---------------------------------------------------------------------------------------------------------
+def reference(method, a, p, v):
+    """Return the shift of one layer from dense rows, by the formula of each weighting and method."""
+    kinds = {"uniform": torch.ones(len(a), 1), "confidence": (p * (1 - p)).sum(1, keepdim=True), "balanced": p}
+    w = kinds[method.weighting].double()
+    gram = Gram(a.shape[1]).update(a, (w / w.sum(0)).sum(1))
+    rank = method.rank if isinstance(method.rank, int) else round(method.rank * a.shape[1])
+    return {
+        "principal": lambda: principal_shift(gram, v, rank=rank),
+        "expected": lambda: expected_shift(gram, v, rows=rank),
+        "budget": lambda: budgeted_shift(gram, v, budget=method.budget),
+        "full": lambda: principal_shift(gram, v),
+    }[method.name]()
+
+
+class SoftTask(ClassifierTask):
+    """Labels with probabilities strictly between 0 and 1, so that every weighting has something to weigh."""
+
+    def probabilities(self, layer, logits, batch):
+        return logits.softmax(1)
+
+
+@pytest.mark.parametrize("weighting", ["balanced", "confidence", "uniform"])
+@pytest.mark.parametrize("name", ["principal", "expected", "budget", "full"])
+def test_each_method_writes_its_solution(name, weighting):
+    model, layers = mlp(torch.float64)
+    fit = batches(20, 1, 13, dtype=torch.float64)
+    method = Method(name, rank=5, budget=0.1, weighting=weighting)
+    a = features(model, torch.cat([x for x, _ in fit]))
+    v, bias = model[4].weight.detach().clone(), model[4].bias.detach()
+    expected = reference(method, a, (a @ v.T + bias).softmax(1), v)
+    report = shift_layers(model, layers, iter(fit), SoftTask(), method=method, guard=None)
+    assert torch.allclose(model[4].weight, expected.weight, rtol=1e-9, atol=1e-12)
+    (record,) = report.layers
+    assert (record.name, record.kind, record.scale, record.d, record.rows) == ("4", "linear", 0, WIDTH, 34)
+    assert record.rank == pytest.approx(expected.rank, rel=1e-9)
+    assert record.norm_before == pytest.approx(norm(v), rel=1e-12)
+    assert record.norm_after == pytest.approx(norm(model[4].weight), rel=1e-12)
+    assert record.deviation == pytest.approx(expected.deviation, rel=1e-6, abs=1e-12)
+    assert report.norm_ratio == pytest.approx((norm(model[4].weight) / norm(v)) ** 2, rel=1e-12)
+    assert (report.status, report.step) == ("ok", 1.0)
+
+
+def test_balanced_by_labels_is_the_mean_over_classes():
+    model, layers = mlp(torch.float64)
+    fit = [(x, torch.tensor([0] * 10 + [1] * 3 + [2] * 1)) for x, _ in batches(14, dtype=torch.float64)]
+    a, labels, v = features(model, fit[0][0]), fit[0][1], model[4].weight.detach().clone()
+    g = sum(a[labels == c].T @ a[labels == c] / (labels == c).sum() for c in range(CLASSES))
+    _, vectors = np.linalg.eigh(g.numpy())
+    top = torch.from_numpy(vectors[:, -4:].copy())
+    shift_layers(model, layers, fit, ClassifierTask(), method=Method(rank=4), guard=None)
+    assert torch.allclose(model[4].weight, v @ top @ top.T, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_rows_keep_the_outputs_of_the_rows_drawn(solver):
+    model, layers = mlp()
+    fit = batches(5, 3)  # eight rows, sixteen columns
+    model.eval()
+    with torch.no_grad():
+        before = [model(x) for x, _ in fit]
+    method = Method("rows", rank=8, solver=solver, weighting="uniform")
+    report = shift_layers(model, layers, fit, ClassifierTask(), method=method, guard=None)
+    with torch.no_grad():
+        after = [model(x) for x, _ in fit]
+    for b, z in zip(before, after, strict=True):
+        assert torch.allclose(z, b, rtol=1e-5, atol=1e-5)
+    assert report.norm_ratio < 0.9
+    assert (report.rank, report.layers[0].rows) == (8.0, 8)
+    assert report.deviation < 1e-6
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_rows_are_solved_by_the_solver_asked_for(monkeypatch, solver):
+    asked, solve = [], shift_module.minimum_norm_shift
+
+    def spy(features, weight, *, method):
+        asked.append(method)
+        return solve(features, weight, method=method)
+
+    monkeypatch.setattr(shift_module, "minimum_norm_shift", spy)
+    model, layers = detector()
+    method = Method("rows", rank=3, solver=solver)
+    shift_layers(model, layers, images(2), DetectorTask(), method=method, guard=None)
+    assert asked == [solver, solver]
+
+
+def test_rows_are_the_minimum_norm_shift_of_some_rows_and_the_seed_says_of_which():
+    fit = batches(40, 40)
+    written = []
+    for seed, noise in ((0, 1), (0, 2), (1, 1)):
+        model, layers = mlp()
+        torch.manual_seed(noise)
+        method = Method("rows", rank=6)
+        shift_layers(model, layers, copy.deepcopy(fit), ClassifierTask(), method=method, guard=None, seed=seed)
+        written.append(model[4].weight.detach().clone())
+    assert torch.equal(written[0], written[1])
+    assert not torch.allclose(written[0], written[2], rtol=1e-2)
+    model, _ = mlp()
+    sample = RowSample(WIDTH, 6, torch.Generator().manual_seed(0))
+    for x, y in fit:
+        sample.update(features(model, x), one_hot(y, CLASSES).float())
+    assert torch.equal(written[0], minimum_norm_shift(sample.sample, model[4].weight).weight)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_shift_repeats_bit_by_bit(name):
+    runs = []
+    for _ in range(2):
+        model, layers = detector()
+        method = Method(name, rank=0.5, budget=0.1)
+        shift_layers(model, layers, images(3, 2), DetectorTask(), method=method, guard=None, seed=7)
+        runs.append(bits(model))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("name", ["principal", "expected", "budget", "full"])
+def test_batches_do_not_matter_to_the_spectral_methods(name):
+    whole, layers = mlp(torch.float64)
+    (x, y), method = batches(24, dtype=torch.float64)[0], Method(name, rank=5, budget=0.05)
+    shift_layers(whole, layers, [(x, y)], ClassifierTask(), method=method, guard=None)
+    pieces, layers = mlp(torch.float64)
+    cut = list(zip(x.split(7), y.split(7), strict=True))
+    shift_layers(pieces, layers, cut, ClassifierTask(), method=method, guard=None)
+    assert torch.allclose(pieces[4].weight, whole[4].weight, rtol=1e-9, atol=1e-12)
+
+
+def test_convolutions_of_a_detector():
+    """Each layer is shifted on its own inputs, weighted by what the class layer says of the same pixels."""
+    model, layers = detector()
+    twin, batch = copy.deepcopy(model).eval(), images(3)[0]
+    with torch.no_grad():
+        x = twin.frozen(twin.stem(batch["img"]))
+        maps = {"box": twin.box_tower(x), "cls": twin.cls_tower(x)}
+        p = twin.cls(maps["cls"]).sigmoid().permute(0, 2, 3, 1).reshape(-1, CLASSES).double()
+    report = shift_layers(model, layers, [batch], DetectorTask(), method=Method(rank=4), guard=None)
+    for record, layer in zip(report.layers, layers, strict=True):
+        a = maps[layer.name].permute(0, 2, 3, 1).reshape(60, -1).double()
+        w = (p / p.sum(0)).sum(1) + (1 / 60 if layer.name == "cls" else 0)  # classes, and the background
+        expected = principal_shift(Gram(a.shape[1]).update(a, w), getattr(twin, layer.name).weight.flatten(1), rank=4)
+        assert torch.allclose(layer.module.weight.flatten(1), expected.weight, rtol=1e-4, atol=1e-5)
+        assert (record.name, record.kind, record.d, record.rows) == (layer.name, layer.name, a.shape[1], 60)
+        assert record.deviation == pytest.approx(expected.deviation, rel=1e-3)
+
+
+def test_a_convolutional_classifier():
+    """A 1×1 convolution behind a pooling is a final layer like another: one row per image."""
+
+    class FlatTask(ClassifierTask):
+        def replay(self, output, outputs):
+            return super().replay(output, outputs).flatten(1)
+
+    model = filled(
+        nn.Sequential(
+            nn.Conv2d(1, 12, 3), nn.BatchNorm2d(12), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(12, 3, 1)
+        ).append(nn.Flatten())
+    ).eval()
+    x = torch.randn(7, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(x)
+    fit = [(x, torch.arange(7) % 3)]
+    report = shift_layers(
+        model, [FinalLayer("4", model[4])], fit, FlatTask(), method=Method("full"), heldout=fit, guard=1e-3
+    )
+    with torch.no_grad():
+        assert torch.allclose(model(x), before, rtol=1e-4, atol=1e-4)
+    assert (report.step, report.rank) == (1.0, 7.0)
+    assert report.norm_ratio < 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_model_keeps_its_dtype(name, dtype):
+    model, layers = mlp(dtype)
+    report = shift_layers(
+        model, layers, batches(10, dtype=dtype), ClassifierTask(), method=Method(name, rank=4), guard=None
+    )
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert report.norm_ratio < 1
+    assert report.layers[0].norm_after == pytest.approx(norm(model[4].weight), rel=1e-12)
+
+
+def test_only_the_layers_asked_for_are_shifted():
+    model, layers = detector()
+    before = bits(model)
+    batch = images(2, seed=5)
+    report = shift_layers(
+        model, layers, images(3), DetectorTask(), shifted=layers[:1], method=Method(rank=3), heldout=batch, guard=9e9
+    )
+    changed = {k for k, v in bits(model).items() if v != before[k]}
+    assert changed == {"box.weight"}
+    assert [r.name for r in report.layers] == ["box"]
+    assert report.heldout_after == pytest.approx(heldout_loss(model, batch), rel=1e-5)
+
+
+def test_everything_but_the_weights_stays():
+    model, layers = detector()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before, around = bits(model), surroundings(model)
+    report = shift_layers(model, layers, images(2, 3), DetectorTask(), heldout=images(2, seed=5), guard=9e9)
+    assert report.step == 1.0
+    assert {k for k, v in bits(model).items() if v != before[k]} == {"box.weight", "cls.weight"}
+    assert surroundings(model) == around  # train and eval modes, hooks, gradients, identities, random state
+    assert all((p.grad == 1).all() for p in model.parameters())
+    assert not model.frozen.training
+    assert model.stem[1].training
+
+
+def test_no_gradients_are_left():
+    model, layers = detector()
+    shift_layers(model, layers, images(2), DetectorTask(), heldout=images(2), guard=9e9)
+    assert [p.grad for p in model.parameters()] == [None] * len(list(model.parameters()))
+    assert all(p.requires_grad and p.is_leaf and p.grad_fn is None for p in model.parameters())
+
+
+def test_no_graph_is_built():
+    class Task(DetectorTask):
+        def forward(self, model, batch):
+            assert not torch.is_grad_enabled()
+            assert not model.training
+            output = model(batch["img"])
+            assert not output["box"].requires_grad
+            return output
+
+        def loss(self, output, batch):
+            assert not output["box"].requires_grad
+            return super().loss(output, batch)
+
+    model, layers = detector()
+    report = shift_layers(model, layers, images(2), Task(), heldout=images(2), guard=9e9)
+    assert report.step == 1.0
+    assert torch.is_grad_enabled()
+
+
+def test_dropout_is_off_and_batchnorm_uses_its_running_statistics():
+    weights = []
+    for dropout in (0.0, 0.9):
+        model, layers = mlp(dropout=dropout)
+        before = bits(model[1])
+        shift_layers(model, layers, batches(12, 9), ClassifierTask(), method=Method(rank=5), guard=None)
+        assert bits(model[1]) == before
+        weights.append(model[4].weight)
+    assert torch.equal(*weights)
+
+
+# The guard ------------------------------------------------------------------------------------------------------------
+class DriftTask(ClassifierTask):
+    """The loss is a constant plus how far the outputs are from the batch's reference: t²·D at step t."""
+
+    def __init__(self, base):
+        super().__init__(lambda z, y: base + (z - y).square().sum() / len(z))
+
+    def probabilities(self, layer, logits, batch):
+        return torch.ones(len(logits), 1)
+
+
+def drift():
+    """Return a model, its layers, a batch whose reference is its own output, V, V* and the full step's loss D."""
+    model, layers = mlp(torch.float64)
+    x = batches(20, dtype=torch.float64)[0][0]
+    a, v = features(model, x), model[4].weight.detach().clone()
+    batch = (x, a @ v.T + model[4].bias.detach())
+    target = principal_shift(Gram(WIDTH).update(a), v, rank=3).weight
+    return model, layers, batch, a, v, target, float((a @ (target - v).T).square().sum() / 20)
+
+
+@pytest.mark.parametrize(
+    ("base", "step"),  # a rise of t²·D is accepted up to guard·base = base
+    [(1.01, 1.0), (0.99, 0.5), (0.26, 0.5), (0.24, 0.25), (0.07, 0.25), (0.06, 0.0), (1e-9, 0.0)],
+)
+def test_the_guard_steps_back_until_the_loss_is_in_bounds(base, step):
+    model, layers, batch, a, v, target, full = drift()
+    before = bits(model)
+    report = shift_layers(
+        model, layers, [batch], DriftTask(base * full), heldout=[batch], method=Method(rank=3), guard=1.0
+    )
+    assert report.step == step
+    assert report.heldout_before == pytest.approx(base * full, rel=1e-9)
+    assert report.heldout_after == pytest.approx((base + step**2) * full, rel=1e-9)
+    written = model[4].weight.detach()
+    assert torch.allclose(written, v + step * (target - v), rtol=1e-12, atol=1e-12)
+    (record,) = report.layers
+    assert record.norm_before == pytest.approx(norm(v), rel=1e-12)
+    assert record.norm_after == pytest.approx(norm(written), rel=1e-12)
+    assert record.deviation == pytest.approx(float((a @ (written - v).T).norm() / (a @ v.T).norm()), abs=1e-12)
+    assert record.rank == 3  # that of the full shift
+    assert report.norm_ratio == pytest.approx((norm(written) / norm(v)) ** 2, rel=1e-12)
+    if step == 0:
+        assert report.status == "guarded"
+        assert bits(model) == before
+        assert (report.norm_ratio, report.deviation) == (1.0, 0.0)
+    else:
+        assert report.status == "ok"
+
+
+def test_a_guard_of_zero_accepts_what_does_not_rise():
+    model, layers = mlp(torch.float64)
+    task = ClassifierTask(lambda z, y: z.square().mean())  # smaller outputs, smaller loss
+    fit = batches(20, dtype=torch.float64)
+    with torch.no_grad():
+        model[4].bias.zero_()
+    report = shift_layers(
+        model, layers, fit, task, heldout=fit, method=Method("expected", rank=3, weighting="uniform"), guard=0.0
+    )
+    assert report.step == 1.0
+    assert report.heldout_after < report.heldout_before
+    assert norm(model[4].weight) < 0.9 * report.layers[0].norm_before
+
+
+def test_a_negative_loss_rises_by_a_part_of_its_size():
+    model, _, batch, *_, full = drift()
+    # From −4D a full step rises by D, which is a quarter.
+    for guard, step in ((0.26, 1.0), (0.24, 0.5)):
+        twin = copy.deepcopy(model)
+        report = shift_layers(
+            twin,
+            [FinalLayer("4", twin[4])],
+            [batch],
+            DriftTask(-4 * full),
+            heldout=[batch],
+            method=Method(rank=3),
+            guard=guard,
+        )
+        assert report.step == step
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_not_accepted(where, value):
+    model, layers, batch, *_ = drift()
+    before = bits(model)
+
+    class Task(DriftTask):
+        def loss(self, output, batch):
+            moved = (output - batch[1]).abs().max() > 1e-6
+            return torch.tensor(value if moved == (where == "after") else 1.0)
+
+    report = shift_layers(model, layers, [batch], Task(1.0), heldout=[batch], method=Method(rank=3), guard=1.0)
+    assert (report.step, report.status) == (0.0, "guarded")
+    assert bits(model) == before
+    expected = 1.0 if where == "after" else value
+    for loss in (report.heldout_before, report.heldout_after):
+        assert loss == expected or (math.isnan(loss) and math.isnan(expected))
+
+
+def heldout_loss(model, heldout):
+    """Return the detector's loss per image, by running the whole model."""
+    task, twin = DetectorTask(), copy.deepcopy(model).eval()
+    with torch.no_grad():
+        losses = [float(task.loss(twin(b["img"]), b)) * len(b["img"]) for b in heldout]
+    return sum(losses) / sum(len(b["img"]) for b in heldout)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_heldout_losses_are_those_of_the_whole_model(name):
+    model, layers = detector()
+    heldout = images(1, 4, 2, seed=5)  # the mean is over images, not batches
+    before = heldout_loss(model, heldout)
+    report = shift_layers(
+        model, layers, images(3), DetectorTask(), heldout=iter(heldout), method=Method(name, budget=0.2), guard=9e9
+    )
+    assert report.step == 1.0
+    assert report.heldout_before == pytest.approx(before, rel=1e-5)
+    assert report.heldout_after == pytest.approx(heldout_loss(model, heldout), rel=1e-5)
+
+
+def test_a_classifiers_loss_is_per_image_too():
+    model, layers = mlp(torch.float64)
+    heldout = batches(1, 9, 3, seed=5, dtype=torch.float64)
+    report = shift_layers(
+        model,
+        layers,
+        batches(10, dtype=torch.float64),
+        ClassifierTask(),
+        heldout=heldout,
+        method=Method("full"),
+        guard=9e9,
+    )
+    with torch.no_grad():
+        z = model.eval()(torch.cat([x for x, _ in heldout]))
+    expected = cross_entropy(z, torch.cat([y for _, y in heldout]))
+    assert report.heldout_after == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_a_model_that_runs_under_autocast_is_judged_too():
+    class Autocast(ClassifierTask):
+        def forward(self, model, batch):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return model(batch[0])
+
+    model, layers = mlp()
+    report = shift_layers(
+        model, layers, batches(20), Autocast(), heldout=batches(8, seed=3), method=Method("expected", rank=3), guard=9e9
+    )
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        ((x, y),) = batches(8, seed=3)
+        expected = cross_entropy(model.eval()(x).float(), y)
+    assert report.step == 1.0
+    assert report.heldout_after == pytest.approx(float(expected), rel=0.02)
+
+
+def test_the_guard_evaluates_only_the_final_layers():
+    model, layers = detector()
+    calls = counted(model.stem), counted(model.box_tower), counted(model.cls)
+    report = shift_layers(
+        model, layers, images(2, 2), DetectorTask(), heldout=images(1, 1, 1), method=Method(rank=1), guard=-0.5
+    )
+    assert report.step == 0.0  # all steps were tried: no loss falls by half
+    assert [len(c) for c in calls[:2]] == [5, 5]  # once per batch
+    assert len(calls[2]) == 5 + 3 * 5  # and before, 1, ½, ¼, 0 on each held-out batch
+
+
+def test_without_a_guard_heldout_is_not_read():
+    def forbidden():
+        raise AssertionError("was read")
+        yield
+
+    model, layers = detector()
+    report = shift_layers(model, layers, images(2), DetectorTask(), heldout=forbidden(), guard=None)
+    assert report.step == 1.0
+    assert math.isnan(report.heldout_before)
+    assert math.isnan(report.heldout_after)
+
+
+# Many methods on one pass ---------------------------------------------------------------------------------------------
+def test_a_collector_gives_each_method_what_it_would_get_alone():
+    model, layers = detector()
+    fit, task = images(2, 3), DetectorTask()
+    trials = [(Method(name, rank=r, budget=0.1), 0) for name in METHODS for r in (3, 5)]
+    trials += [(Method("principal", rank=3, weighting="uniform"), 0), (Method("rows", rank=0.5, solver="qr"), 1)]
+    trials += [(Method("rows", rank=4, weighting="confidence"), s) for s in (0, 1)]
+    collector, calls = shift_module.Collector(task, layers, layers, trials), counted(model.stem)
+    with shift_module.evaluation(model), InputCapture(layers) as capture:
+        for batch in fit:
+            task.forward(model, batch)
+            collector.add(capture.take(), batch)
+    assert len(calls) == 2
+    assert [collector.rows(layer) for layer in layers] == [100, 100]
+    weights = set()
+    for method, seed in trials:
+        twin, own = detector()
+        shift_layers(twin, own, fit, task, method=method, guard=None, seed=seed)
+        for layer, alone in zip(layers, own, strict=True):
+            result = collector.solve(layer, method, seed)
+            assert torch.equal(result.weight, weight_matrix(alone.module)), (method, seed)
+        weights.add(weight_matrix(twin.box).numpy().tobytes())
+    assert len(weights) == len(trials) - 2  # full and budget have no rank
+
+
+def test_outputs_with_other_weights_leave_the_layers_alone():
+    model, layers = detector()
+    g = torch.Generator().manual_seed(0)
+    inputs = {"box": torch.randn(2, 12, 5, 4, generator=g), "cls": torch.randn(2, 10, 5, 4, generator=g)}
+    new = torch.randn(4, 12, generator=g)
+    before, around = bits(model), surroundings(model)
+    outputs = shift_module.layer_outputs(layers, {"box": new}, inputs)
+    by_hand = torch.einsum("oc,bchw->bohw", new, inputs["box"]) + model.box.bias[:, None, None]
+    assert torch.allclose(outputs["box"], by_hand, rtol=1e-4, atol=1e-5)
+    assert torch.equal(outputs["cls"], model.cls(inputs["cls"]))
+    assert bits(model) == before
+    assert surroundings(model) == around
+
+
+# Failed solves --------------------------------------------------------------------------------------------------------
+def spoil_features(model):
+    model.box_tower[0].bias.data[3] = float("nan")
+
+
+def spoil_weight(model):
+    model.box.weight.data[1, 2] = float("nan")
+
+
+def spoil_infinity(model):
+    model.box.weight.data[1, 2] = float("inf")
+
+
+def spoil_rank(model):
+    model.box_tower[0].weight.data.zero_()
+    model.box_tower[0].bias.data.fill_(-1.0)  # the ReLU after it lets nothing through
+
+
+@pytest.mark.parametrize("guard", [None, 9e9])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    ("spoil", "status"),
+    [
+        (spoil_features, "non-finite"),
+        (spoil_weight, "non-finite"),
+        (spoil_infinity, "non-finite"),
+        (spoil_rank, "rank-zero"),
+    ],
+)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_failed_solve_leaves_the_model_bit_identical(name, spoil, status, order, guard):
+    model, layers = detector()
+    layers = [layers[i] for i in order]
+    spoil(model)
+    before, around = bits(model), surroundings(model)
+    report = shift_layers(
+        model, layers, images(2, 3), DetectorTask(), heldout=images(2), method=Method(name, rank=4), guard=guard
+    )
+    assert report.status == f"{status} in box"
+    assert {r.name: r.status for r in report.layers} == {"box": status, "cls": "ok"}
+    assert bits(model) == before
+    assert surroundings(model) == around
+    assert report.step == 0.0
+    assert report.norm_ratio == 1.0
+    assert report.deviation == 0.0
+    assert all(r.norm_after == r.norm_before or math.isnan(r.norm_before) for r in report.layers)
+
+
+@pytest.mark.parametrize("pixel", [0, 17, 59])
+def test_rows_see_a_single_bad_pixel(pixel):
+    model, layers = detector()
+    batch = images(3)[0]
+    poison = torch.zeros(60)
+    poison[pixel] = float("nan")
+    model.box_tower.append(nn.Module())
+    model.box_tower[-1].forward = lambda x: x + poison.view(3, 1, 5, 4)  # the boxes' features alone
+    before = bits(model)
+    report = shift_layers(model, layers, [batch], DetectorTask(), method=Method("rows", rank=3), guard=None)
+    assert report.status == "non-finite in box"
+    assert bits(model) == before
+
+
+# Exceptions -----------------------------------------------------------------------------------------------------------
+class Boom(Exception):
+    """Raised half way."""
+
+
+def on_call(number, function, error=Boom):
+    """Return a function that raises when it is called for the ``number``-th time."""
+    calls = []
+
+    def wrapper(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            raise error
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def broken_batches(number):
+    """Yield batches and raise instead of the ``number``-th."""
+    yield from images(*[2] * (number - 1))
+    raise Boom
+
+
+@pytest.mark.parametrize("name", ["principal", "rows"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "fit",
+        "heldout",
+        "forward",
+        "task.forward",
+        "task.probabilities",
+        "task.replay",
+        "task.loss",
+        "task.size",
+        "solver",
+        "guard",
+        "first write",
+        "second write",
+        "interrupted write",
+    ],
+)
+def test_an_exception_leaves_everything_as_it_was(monkeypatch, where, name):
+    model, layers = detector()
+    task, fit, heldout, error = DetectorTask(), images(2, 2), images(2, 2, seed=5), Boom
+    if where == "fit":
+        fit = broken_batches(2)
+    elif where == "heldout":
+        heldout = broken_batches(2)
+    elif where == "forward":  # between the hooks of the two layers, in the second batch
+        model.cls_tower.forward = on_call(2, model.cls_tower.forward)
+    elif where.startswith("task."):
+        monkeypatch.setattr(task, where[5:], on_call(2, getattr(task, where[5:])))
+    elif where == "solver":
+        function = "minimum_norm_shift" if name == "rows" else "principal_shift"
+        monkeypatch.setattr(shift_module, function, on_call(2, getattr(shift_module, function)))
+    elif where == "guard":
+        monkeypatch.setattr(shift_module, "stepped", on_call(2, shift_module.stepped))
+    else:
+        error = KeyboardInterrupt if where == "interrupted write" else Boom
+        write, calls = shift_module.write_weight, []
+
+        def half_written(module, weight):
+            calls.append(1)
+            if len(calls) == (1 if where == "first write" else 2):
+                module.weight.data[0] = 7.0
+                raise error
+            write(module, weight)
+
+        monkeypatch.setattr(shift_module, "write_weight", half_written)
+    before, around = bits(model), surroundings(model)
+    with pytest.raises(error):
+        shift_layers(model, layers, fit, task, heldout=heldout, method=Method(name, rank=4), guard=9e9)
+    assert bits(model) == before
+    assert surroundings(model) == around
+    assert all(not m._forward_pre_hooks for m in model.modules())
+    assert not model.frozen.training
+    assert model.stem[1].training
+    assert model.training
+
+
+def test_the_layers_are_named_that_the_forward_pass_does_not_reach():
+    model, layers = detector()
+    extra = FinalLayer("unused", nn.Linear(3, 2), classifier="cls")
+    before, around = bits(model), surroundings(model)
+    with pytest.raises(RuntimeError, match="did not reach unused"):
+        shift_layers(model, [*layers, extra], images(2), DetectorTask(), guard=None)
+    assert bits(model) == before
+    assert surroundings(model) == around
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": []}, "no layer to shift"),
+        ({"shifted": []}, "no layer to shift"),
+        ({"fit": []}, "nothing to fit on"),
+        ({"fit": iter(())}, "nothing to fit on"),
+        ({"guard": 0.1}, "guard needs held-out batches"),
+        ({"guard": 0.1, "heldout": iter(())}, "guard needs held-out batches"),
+        ({"method": Method("rows", rank=0)}, "rows=0 must be at least 1"),
+        ({"method": Method("principal", rank=0)}, "rank=0 must be"),
+        ({"method": Method("budget", budget=1.0)}, "budget=1.0 must be"),
+    ],
+)
+def test_errors_come_before_anything_is_written(options, message):
+    model, layers = detector()
+    before, around = bits(model), surroundings(model)
+    arguments = {"layers": layers, "fit": images(2), "guard": None, **options}
+    with pytest.raises(ValueError, match=message):
+        shift_layers(model, task=DetectorTask(), **arguments)
+    assert bits(model) == before
+    assert surroundings(model) == around
+
+
+# Method and report ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "rank", "d", "expected"),
+    [
+        ("principal", 0.5, 64, 32),
+        ("principal", 1.0, 64, 64),
+        ("principal", 0.001, 64, 1),
+        ("principal", 1, 64, 1),  # an int is a number of dimensions, 1.0 all of them
+        ("principal", 100, 64, 64),
+        ("expected", 0.25, 80, 20),
+        ("expected", 100, 64, 64),
+        ("rows", 0.5, 64, 32),
+        ("rows", 100, 64, 100),  # more rows than columns can be drawn
+    ],
+)
+def test_rank_of_a_layer(name, rank, d, expected):
+    method = Method(name, rank=rank)
+    assert method.rank_of(d) == expected
+    assert type(method.rank_of(d)) is int
+    accumulator = method.accumulator(d, torch.Generator())
+    assert (accumulator.d, type(accumulator)) == (d, RowSample if name == "rows" else GroupedGram)
+    assert name != "rows" or accumulator.wanted == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "svd"}, "'svd' is unknown. Choose one of principal, expected, budget, full, rows."),
+        ({"solver": "lu"}, "'lu' is unknown. Choose one of svd, qr, gauss."),
+        ({"weighting": "loss"}, "'loss' is unknown. Choose one of balanced, confidence, uniform."),
+    ],
+)
+def test_unknown_names_are_refused_where_they_are_written(options, message):
+    with pytest.raises(ValueError, match=f"{re.escape(message)}$"):
+        Method(**options)
+
+
+def record(name="a", before=2.0, after=1.0, rank=3.0, deviation=0.1, status="ok"):
+    """Return a layer's record."""
+    return LayerRecord(name, "box", 0, 8, 100, rank, before, after, deviation, status)
+
+
+def test_a_report_sums_up_its_layers():
+    layers = record(before=2.0, after=1.0, rank=3, deviation=0.1), record("b", 4.0, 3.0, rank=6, deviation=0.3)
+    report = ShiftReport(layers, 1.0, 1.1, 0.5, {})
+    assert report.norm_ratio == (1 + 9) / (4 + 16)
+    assert report.rank == 4.5
+    assert report.deviation == pytest.approx(0.2)
+    assert report.status == "ok"
+    assert ShiftReport(layers, 1.0, 1.0, 0.0, {}).status == "guarded"
+    failed = record("c", status="rank-zero"), record("d", status="non-finite")
+    assert ShiftReport((*layers, *failed), 1.0, 1.0, 0.0, {}).status == "rank-zero in c"
+
+
+@pytest.mark.parametrize("norm", [0.0, float("nan"), float("inf")])
+def test_norms_that_have_no_ratio_give_one(norm):
+    assert ShiftReport((record(before=norm, after=norm),), 1.0, 1.0, 0.0, {}).norm_ratio == 1.0
+
+
+def test_times_add_up_to_what_passed():
+    def slow():
+        for batch in images(1, 1):
+            time.sleep(0.02)
+            yield batch
+
+    model, layers = detector()
+    start = time.perf_counter()
+    report = shift_layers(model, layers, slow(), DetectorTask(), heldout=images(1), guard=9e9)
+    passed = 1e3 * (time.perf_counter() - start)
+    assert list(report.milliseconds) == ["sample", "forward", "rows", "solve", "guard", "write"]
+    assert all(v >= 0 for v in report.milliseconds.values())
+    assert report.milliseconds["sample"] >= 40  # waiting for the batches
+    assert 0.5 * passed < sum(report.milliseconds.values()) <= passed

@@ -1,0 +1,104 @@
+# yolo-sos, AGPL-3.0
+"""A checkpoint of Ultralytics: read, checked, and written again with other weights in its final layers."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from ultralytics import YOLO
+from ultralytics.cfg import DEFAULT_CFG_DICT
+from ultralytics.nn.tasks import torch_safe_load
+from ultralytics.utils import IterableSimpleNamespace
+from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
+
+from yolo_sos import __version__
+from yolo_sos.config import CHECKPOINT_KEY, SOSConfig
+from yolo_sos.core import FinalLayer
+from yolo_sos.core.layers import write_weight
+from yolo_sos.heads import final_layers
+
+
+class Checkpoint:
+    """A trained checkpoint that can be shifted; what cannot be is refused with the reason.
+
+    Args:
+        path (str | Path): A ``.pt`` of Ultralytics, finished or to be resumed, of half or full precision.
+
+    Attributes:
+        path (Path): The file.
+        model (nn.Module): What the host runs of it: the EMA where there is one. In float32 and eval mode.
+        task (str): ``detect``, ``segment``, ``pose``, ``obb`` or ``classify``.
+        args (dict): The host's arguments of the training, its defaults where the checkpoint holds none.
+        layers (list[FinalLayer]): All final layers of the model.
+        validator (type): The host's validator for the task.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        TypeError: If it is no checkpoint of Ultralytics, or its head has no final linear layer.
+        ValueError: If the model is fused or its weights are not numbers.
+    """
+
+    def __init__(self, path: str | Path):
+        """Read and check the file."""
+        if Path(path).suffix.lower() != ".pt":
+            raise TypeError(
+                f"{path} is not a checkpoint: SOS shifts the .pt that a training wrote. Exports (ONNX, TorchScript, …) "
+                "cannot be shifted; shift their .pt and export again."
+            )
+        if "://" not in str(path) and not Path(path).is_file() and Path(path).name not in GITHUB_ASSETS_NAMES:
+            raise FileNotFoundError(f"{path}: there is no such checkpoint.")  # which the host would try to download
+        try:
+            host = YOLO(path)
+        except (AttributeError, KeyError, OSError) as e:  # a pickle of something else; some truncated archives
+            if getattr(e, "filename", None):  # not the content's fault
+                raise
+            raise TypeError(f"{path} is not a checkpoint of Ultralytics, or damaged: {type(e).__name__}: {e}") from e
+        self.path = Path(host.ckpt_path)
+        self.model: nn.Module = host.model
+        self.layers = self._check(self.path, self.model)
+        self.task: str = host.task
+        self.validator: type[Any] = host._smart_load("validator")
+        self.args: dict[str, Any] = {**DEFAULT_CFG_DICT, **(host.ckpt.get("train_args") or {})}
+        self.model.args = IterableSimpleNamespace(**self.args)  # the host's losses read their gains here
+
+    @staticmethod
+    def _check(path: Path, model: nn.Module) -> list[FinalLayer]:
+        layers = final_layers(model)
+        if model.is_fused():  # type: ignore[operator]
+            raise ValueError(
+                f"{path} holds a fused model: its BatchNorm layers are folded into the convolutions, so it can neither "
+                "be trained further nor keep the statistics that its features rest on. Shift the checkpoint that the "
+                "training wrote."
+            )
+        for name, tensor in model.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path}: {name} holds values that are not finite (NaN or Inf): it cannot be shifted.")
+        return layers
+
+    def save(self, path: Path, weights: dict[str, Tensor], note: dict[str, Any]) -> None:
+        """Write the checkpoint as it is, but for other weights and a note; in half precision, as the host saves.
+
+        Whatever else it holds (optimizer, epoch, arguments) stays, so that an unfinished run can be resumed.
+
+        Args:
+            path (Path): The file to write.
+            weights (dict[str, Tensor]): Layer name → ``(out, d)``.
+            note (dict): Plain values that tell of the shift.
+        """
+        ckpt, _ = torch_safe_load(self.path)  # again: what the host loads it alters in place
+        model = ckpt.get("ema") or ckpt["model"]
+        model.half()
+        modules = dict(model.named_modules())
+        for name, weight in weights.items():
+            write_weight(modules[name], weight)
+        # Plain values only: a class of ours would make the checkpoint unreadable without yolo_sos. The settings are
+        # those of a training with SOS, which resumes by them; other checkpoints resume without SOS.
+        before = ckpt.get(CHECKPOINT_KEY) or {"version": __version__, "settings": SOSConfig.from_dict({}).to_dict()}
+        ckpt[CHECKPOINT_KEY] = {**before, "shifts": [*before.get("shifts", []), {"version": __version__, **note}]}
+        buffer = io.BytesIO()  # torch.save to a path puts the path's name into every record
+        torch.save(ckpt, buffer)
+        path.write_bytes(buffer.getbuffer())

@@ -1,0 +1,119 @@
+# yolo-sos, AGPL-3.0
+"""The host's validation for many weights of the final layers at once."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from copy import copy, deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from yolo_sos.core import InputCapture
+from yolo_sos.core.shift import layer_outputs
+from yolo_sos.heads import HostTask, final_layers
+
+if TYPE_CHECKING:
+    from ultralytics.engine.validator import BaseValidator
+else:
+    BaseValidator = object  # a mixin: the validator comes from the class that uses it
+
+
+class ManyWeights(BaseValidator):
+    """Lets one of the host's validators score other weights of the final layers beside the model's own.
+
+    The model runs once per batch, by the host's own code. For each set of weights only the final layers are evaluated
+    again, on their captured inputs; the host decodes, postprocesses and counts. Batches are let go one by one.
+
+    Attributes:
+        weights (list[dict[str, Tensor]]): The sets, layer name → ``(out, d)``.
+        results (list[dict[str, float]]): The host's metrics for each set.
+        seconds (float): Time spent on the sets, beside that of a plain validation.
+    """
+
+    weights: list[dict[str, Tensor]]
+    results: list[dict[str, float]]
+    seconds = 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Validate as the host does, and remove the hooks at the end."""
+        with ExitStack() as self._stack:
+            return super().__call__(*args, **kwargs)
+
+    def init_metrics(self, model: nn.Module) -> None:
+        """Set up as the host does, and one counter of its kind per set of weights."""
+        super().init_metrics(model)
+        native = model.model if getattr(model, "format", None) == "pt" else model  # inside the host's backend
+        self._layers = final_layers(native)  # type: ignore[arg-type]
+        # No loss is asked for, and a fused model has none.
+        self._task = HostTask(native, criterion=_no_loss)  # type: ignore[arg-type]
+        self._capture = self._stack.enter_context(InputCapture(self._layers))
+        self._counters = [self._counter() for _ in self.weights]
+
+    def _counter(self) -> ManyWeights:
+        """Return a copy that counts for itself."""
+        counter = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # what validators collect, empty at this point
+                setattr(counter, name, list(value))
+        counter.metrics, counter.confusion_matrix = deepcopy(self.metrics), deepcopy(self.confusion_matrix)
+        return counter
+
+    def postprocess(self, preds: Any) -> Any:
+        """Keep what the model returned, and go on as the host does."""
+        self._output = preds
+        return super().postprocess(preds)
+
+    def update_metrics(self, preds: Any, batch: dict[str, Any]) -> None:
+        """Count as the host does, then once more for each set of weights."""
+        super().update_metrics(preds, batch)
+        start = time.perf_counter()
+        inputs = self._capture.take()
+        for counter, weights in zip(self._counters, self.weights, strict=True):
+            raw = self._task.replay(self._output[1], layer_outputs(self._layers, weights, inputs))
+            output = self._task.decode(self._output, raw)
+            super(ManyWeights, counter).update_metrics(super().postprocess(output), batch)
+        self.seconds += time.perf_counter() - start
+
+    def get_stats(self) -> dict[str, Any]:
+        """Return the host's metrics of the model's own weights; those of the sets are in ``results``."""
+        start = time.perf_counter()
+        self.results = [dict(super(ManyWeights, counter).get_stats()) for counter in self._counters]
+        self.seconds += time.perf_counter() - start
+        return super().get_stats()
+
+
+def score(
+    validator: type[Any], args: dict[str, Any], model: nn.Module, weights: list[dict[str, Tensor]]
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Validate a model once, for its own weights and for other ones of its final layers.
+
+    Args:
+        validator (type): The host's validator for the task.
+        args (dict): Its arguments.
+        model (nn.Module): The model, which stays as it is.
+        weights (list[dict[str, Tensor]]): Sets of weights, layer name → ``(out, d)``.
+
+    Returns:
+        metrics (list[dict[str, float]]): The host's metrics: the model's own, then those of each set.
+        seconds (dict[str, float]): Time of a plain ``validation``, and of the ``points`` on top of it.
+    """
+    start = time.perf_counter()
+    with TemporaryDirectory() as folder:  # the host makes a folder for plots, which are not made
+        many = type(f"Many{validator.__name__}", (ManyWeights, validator), {})(args=args, save_dir=Path(folder))
+        many.weights = weights
+        own = dict(many(model=model))
+    total = time.perf_counter() - start
+    return [own, *many.results], {"validation": total - many.seconds, "points": many.seconds}
+
+
+def headline(metrics: dict[str, float]) -> str:
+    """Return the key of the metric that sums the others up: the task's mAP50-95, or top-1 accuracy."""
+    return [k for k in metrics if "mAP50-95" in k or "top1" in k][-1]
+
+
+def _no_loss(*_: Any) -> Any:
+    raise NotImplementedError
