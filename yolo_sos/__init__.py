@@ -10,11 +10,31 @@ __version__ = "0.1.0"
 
 _PUBLIC = {  # name -> module
     "SOSConfig": "yolo_sos.config",
+    "SOSClassificationTrainer": "yolo_sos.train",
     "SOSDetectionTrainer": "yolo_sos.train",
+    "SOSOBBTrainer": "yolo_sos.train",
+    "SOSPoseTrainer": "yolo_sos.train",
+    "SOSSegmentationTrainer": "yolo_sos.train",
     "final_layers": "yolo_sos.heads",
+    "shift_checkpoint": "yolo_sos.checkpoint",
     "shift_layers": "yolo_sos.core",
+    "shift_model": "yolo_sos.core",
+    "sweep_checkpoint": "yolo_sos.checkpoint",
 }
-__all__ = ["SOSConfig", "SOSDetectionTrainer", "__version__", "final_layers", "shift_layers"]
+__all__ = [
+    "SOSClassificationTrainer",
+    "SOSConfig",
+    "SOSDetectionTrainer",
+    "SOSOBBTrainer",
+    "SOSPoseTrainer",
+    "SOSSegmentationTrainer",
+    "__version__",
+    "final_layers",
+    "shift_checkpoint",
+    "shift_layers",
+    "shift_model",
+    "sweep_checkpoint",
+]
 
 
 def __getattr__(name: str):

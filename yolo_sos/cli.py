@@ -14,12 +14,29 @@ from typing import Any, NoReturn
 import yaml
 
 from yolo_sos import __version__
-from yolo_sos.config import SOS_YAML, SOSConfig, is_sos_key, resolve_data
+from yolo_sos.config import (
+    RECIPE,
+    SHIFT_SETTINGS,
+    SOS_YAML,
+    SOSConfig,
+    is_sos_key,
+    resolve_cfg,
+    resolve_data,
+    resolve_model,
+)
 
 # Keys that the host takes beside those of its defaults: deprecated ones, which it translates or drops with a warning.
 ALSO_TAKEN = (
     *("save_dir", "half", "int8", "end2end", "boxes", "hide_labels", "hide_conf", "line_thickness"),
     *("label_smoothing", "save_hybrid", "crop_fraction", "keras"),
+)
+SHIFT_KEYS = (
+    *("model", "data", "draws", "sweep", "imgsz", "batch", "device", "seed", "val", "exist_ok"),
+    *(*SHIFT_SETTINGS, *(f"sos_{name}" for name in SHIFT_SETTINGS)),
+)
+ANALYZE_KEYS = (
+    *("model", "data", "runs", "scope", "probes", "stderr", "images", "landscape", "weighting", "imgsz", "batch"),
+    *("fraction", "device", "seed", "project", "name", "exist_ok"),
 )
 HELP = """
     yolo-sos: Ultralytics YOLO with stochastic optimum shifting (SOS).
@@ -41,13 +58,41 @@ HELP = """
     4. No data at hand: real handwritten digits, made on first use
         yolo-sos train data=digits.yaml model=yolov5n.yaml imgsz=160 epochs=15 sos=true
 
-    5. Continue an interrupted run, with the settings it was started with:
+    5. Train a classifier, with the paper's recipe for CIFAR; no data at hand: data=digits-cls
+        yolo-sos train data=cifar100 model=resnet18-cifar.yaml cfg=cifar/rows.yaml sos_rank=300
+        yolo-sos train data=digits-cls model=yolo11n-cls.yaml imgsz=32 epochs=10 sos=true
+
+    6. Continue an interrupted run, with the settings it was started with:
         yolo-sos train resume=runs/detect/train/weights/last.pt
 
-    6. Validate, predict, export, track, benchmark: as with 'yolo'
+    7. Validate, predict, export, track, benchmark: as with 'yolo'
         yolo-sos val model=runs/detect/train/weights/best.pt data=VOC.yaml
 
-    7. Special commands:
+    8. Shift a checkpoint that is trained already; writes best-sos.pt and shift.json beside it:
+        yolo-sos shift model=runs/detect/train/weights/best.pt data=VOC.yaml
+        yolo-sos shift model=best.pt data=VOC.yaml method=rows rank=0.5 draws=10 images=all
+
+        Takes method, rank, weighting, budget, solver, layers and guard as 'yolo-sos cfg' explains them for training
+        (their names there work, too); images=512 to fit on, or all; draws=10 for method rows: the one of least
+        held-out loss is taken; val=true to score the val split before and after; imgsz and batch, those of the
+        training if not given; device, seed=0, exist_ok=false. Exits with 3, and writes nothing, where every step
+        along the shift raises the held-out loss by more than guard.
+
+    9. Trace every method over its range instead; writes sweep.csv and sweep.png beside it:
+        yolo-sos shift model=best.pt data=VOC.yaml sweep=true
+
+    10. See what a shift or a training with SOS did: curvature, neural collapse, spectra and loss landscapes of
+        checkpoints, compared on the same images, in report.html; and curves of runs trained with sos_analyze:
+        yolo-sos analyze model=best.pt,best-sos.pt data=VOC.yaml
+        yolo-sos train data=VOC.yaml model=yolov5s.pt sos=true sos_analyze=10
+        yolo-sos analyze runs=runs/detect/train,runs/detect/train2
+
+        Takes scope=all, before or final (the parameters of the curvature), probes=24 and stderr=0.02 (relative),
+        whichever is reached first; images=8 for curvature and landscape; landscape=true; weighting; fraction of the
+        images whose features are read, at most 256 images if not given; imgsz, batch, device, seed, project, name,
+        exist_ok.
+
+    11. Special commands:
         yolo-sos help
         yolo-sos version
         yolo-sos checks
@@ -116,7 +161,8 @@ def host_keys() -> list[str]:
 
 def check_keys(args: list[str]) -> None:
     """Raise a ``ValueError`` that names a wrong key and the nearest valid one, before anything heavy is loaded."""
-    valid = [*SOSConfig.keys(), *host_keys(), *ALSO_TAKEN]
+    own = next((keys for mode, keys in (("shift", SHIFT_KEYS), ("analyze", ANALYZE_KEYS)) if mode in args), None)
+    valid = own or [*SOSConfig.keys(), *host_keys(), *ALSO_TAKEN]
     for arg in args:
         key = arg.lstrip("-").split("=")[0].strip()
         if "=" in arg and key and key not in valid:
@@ -127,8 +173,6 @@ def check_keys(args: list[str]) -> None:
 def parse(args: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Return the bare words and the ``key=value`` pairs, those of a ``cfg=`` file included."""
     from ultralytics.cfg import merge_equals_args, parse_key_value_pair
-    from ultralytics.utils import YAML
-    from ultralytics.utils.checks import check_yaml
 
     words: list[str] = []
     overrides: dict[str, Any] = {}
@@ -139,14 +183,32 @@ def parse(args: list[str]) -> tuple[list[str], dict[str, Any]]:
             continue
         key, value = parse_key_value_pair(arg)
         if key == "cfg" and value is not None:
-            content = YAML.load(check_yaml(value))
-            check_keys([f"{k}=" for k in content])
-            overrides = {**{k: v for k, v in content.items() if k != "cfg"}, **overrides}
+            overrides = {**read_cfg(value), **overrides}
         else:
             overrides[key] = value
-    if "data" in overrides:
-        overrides["data"] = resolve_data(overrides["data"])
+    check_keys([*words, *(f"{k}=" for k in overrides)])  # again: 'key = value' is put together only now
+    for key, resolve in (("data", resolve_data), ("model", resolve_model)):
+        if key in overrides:
+            overrides[key] = resolve(overrides[key])
     return words, overrides
+
+
+def read_cfg(name: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the settings of a ``cfg=`` file. Its own ``cfg`` names another one beside it that it builds on.
+
+    Raises:
+        ValueError: If a key is unknown, or files build on each other in a circle.
+    """
+    from ultralytics.utils import YAML
+    from ultralytics.utils.checks import check_yaml
+
+    path = Path(check_yaml(resolve_cfg(name))).resolve()
+    if path in above:
+        raise ValueError(f"{path}: its 'cfg' leads back to itself.")
+    content = YAML.load(path)
+    check_keys([f"{k}=" for k in content])
+    base = content.pop("cfg", None)
+    return {**(read_cfg(str(path.parent / base), (*above, path)) if base else {}), **content}
 
 
 def plan(words: list[str], overrides: dict[str, Any]) -> Callable[[], Any]:
@@ -158,6 +220,10 @@ def plan(words: list[str], overrides: dict[str, Any]) -> Callable[[], Any]:
     """
     from ultralytics.cfg import MODES
 
+    if "shift" in words:
+        return plan_shift(words, overrides)
+    if "analyze" in words:
+        return plan_analyze(words, overrides)
     settings = {k: v for k, v in overrides.items() if is_sos_key(k)}
     host = {k: v for k, v in overrides.items() if not is_sos_key(k)}
     if "sos" in words:
@@ -168,7 +234,7 @@ def plan(words: list[str], overrides: dict[str, Any]) -> Callable[[], Any]:
         if settings:
             raise ValueError(f"{given}: settings of SOS belong to 'yolo-sos train'.")
         return lambda: run_host(words, host)
-    if settings and "sos" not in settings:
+    if "sos" not in settings and not settings.keys() <= set(RECIPE):
         raise ValueError(f"{given} without sos=true would train without SOS. Add sos=true.")
     return plan_training(words, host, settings, config)
 
@@ -199,7 +265,7 @@ def plan_training(
     try:
         model = YOLO(model_name, task=task)
     except NotImplementedError:  # a YAML of another family, such as RT-DETR
-        if config.sos:
+        if not config.stock:
             raise TypeError(
                 f"{model_name} is not a YOLO model: it has no final linear layers that SOS can shift."
             ) from None
@@ -207,14 +273,63 @@ def plan_training(
     if config.sos:
         select_layers(final_layers(model.model), config.kinds())
     if type(model) is not YOLO or model.task not in TRAINERS:
-        if config.sos:
-            raise ValueError(f"sos=true does not support task={model.task} yet. It does: {', '.join(TRAINERS)}.")
+        if not config.stock:
+            asked = "sos=true" if config.sos else ", ".join(f"{k}={settings[k]}" for k in RECIPE if k in settings)
+            raise ValueError(f"{asked} does not support task={model.task} yet. It does: {', '.join(TRAINERS)}.")
         return lambda: run_host(words, host)
     if not resume and arguments.get("data") is None:
         arguments["data"] = TASK2DATA[model.task]
         LOGGER.warning(f"'data' argument is missing. Using default 'data={arguments['data']}'.")
     arguments["model"] = model_name
     return lambda: model.train(trainer=TRAINERS[model.task], **arguments, **settings)
+
+
+def plan_shift(words: list[str], options: dict[str, Any]) -> Callable[[], Any]:
+    """Return a shift of a checkpoint, or a sweep over one, with everything checked."""
+    from ultralytics.cfg import TASKS
+
+    from yolo_sos.checkpoint import CheckpointShift, CheckpointSweep
+
+    for word in (w for w in words if w not in TASKS and w != "shift"):
+        if word not in {"sweep", "val", "exist_ok"}:
+            raise ValueError(f"'{word}' is not a switch of shift. Arguments are written key=value.")
+        options[word] = True
+    if not options.get("model"):
+        raise ValueError("shift needs a checkpoint: model=path/to/best.pt")
+    sweep = options.pop("sweep", False)
+    if not isinstance(sweep, bool):
+        raise ValueError(f"'sweep={sweep}' is invalid: sweep must be true or false.")
+    job = (CheckpointSweep if sweep else CheckpointShift)(**options)
+    return lambda: run_shift(job)
+
+
+def plan_analyze(words: list[str], options: dict[str, Any]) -> Callable[[], Any]:
+    """Return a comparison of checkpoints, or of the curves of runs, with everything checked."""
+    from ultralytics.cfg import TASKS
+
+    from yolo_sos.analyze import Comparison, Curves
+
+    for word in (w for w in words if w not in TASKS and w != "analyze"):
+        if word not in {"landscape", "exist_ok"}:
+            raise ValueError(f"'{word}' is not a switch of analyze. Arguments are written key=value.")
+        options[word] = True
+    if options.get("runs"):
+        if other := sorted(options.keys() - {"runs", "project", "name", "exist_ok"}):
+            raise ValueError(f"{', '.join(other)} have no effect with runs=…, which reads what runs have measured.")
+        return Curves(**options).run
+    if not options.get("model"):
+        raise ValueError("analyze needs checkpoints, model=best.pt,best-sos.pt, or runs=runs/detect/a,runs/detect/b")
+    return Comparison(**options).run
+
+
+def run_shift(job: Any) -> None:
+    """Run a shift or a sweep; exit with status 3 if the guard let nothing pass."""
+    try:
+        done = job.run()
+    except OSError as e:  # an image that cannot be read after all, a disk that is full
+        fail(e)
+    if getattr(done, "output", "") is None:
+        raise SystemExit(3)
 
 
 def run_host(words: list[str], overrides: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,12 @@ import yaml
 if TYPE_CHECKING:
     from yolo_sos.core import Method
 
+CHECKPOINT_KEY = "sos"  # of a checkpoint: what was done to it, in plain values
 METHODS = ("principal", "expected", "budget", "full", "rows")
 WEIGHTINGS = ("balanced", "confidence", "uniform")
 SOLVERS = ("svd", "qr", "gauss")
+# Without their "sos_"; the others say whether and when a training shifts.
+SHIFT_SETTINGS = ("method", "rank", "weighting", "budget", "solver", "images", "layers", "guard")
 KINDS = ("box", "cls", "mask", "kpt", "angle", "linear")
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -25,21 +29,43 @@ CFG_DIR = _PACKAGE / "cfg" if (_PACKAGE / "cfg").is_dir() else _PACKAGE.parent /
 SOS_YAML = CFG_DIR / "sos.yaml"
 
 
-def resolve_data(data: Any) -> Any:
-    """Return the path of a data set YAML that comes with yolo-sos, such as ``digits.yaml``; anything else as it is.
+RECIPE = ("lr_steps", "mixup_alpha", "sos_analyze")  # settings of ours that act with sos=false too
+# Classification sets are folders: those that come along are built in the host's datasets directory on first use.
+BUILDERS = {"digits-cls": "yolo_sos.data.digits_cls"}
 
-    A file of that name in the working directory goes first, as everywhere in Ultralytics.
+
+def resolve_data(data: Any) -> Any:
+    """Return the path of a data set that comes with yolo-sos: ``digits.yaml``, or ``digits-cls``, built on first use.
+
+    Anything else is returned as it is. What bears that name in the working directory goes first, as everywhere in
+    Ultralytics.
     """
-    if isinstance(data, str) and not Path(data).exists():
-        path = CFG_DIR / "datasets" / Path(data).with_suffix(".yaml").name
-        if Path(data).name == data and path.is_file():
+    if isinstance(data, str) and data in BUILDERS and not Path(data).exists():
+        return str(import_module(BUILDERS[data]).build())
+    return _resolve("datasets", data)
+
+
+def resolve_model(model: Any) -> Any:
+    """Return the path of a model YAML that comes with yolo-sos, such as ``resnet18-cifar.yaml``; else as it is."""
+    return _resolve("models", model)
+
+
+def resolve_cfg(cfg: Any) -> Any:
+    """Return the path of an experiment that comes with yolo-sos, such as ``cifar/rows.yaml``; else as it is."""
+    return _resolve("experiments", cfg)
+
+
+def _resolve(folder: str, name: Any) -> Any:
+    if isinstance(name, str) and Path(name).suffix in {"", ".yaml"} and not Path(name).exists():
+        path = (CFG_DIR / folder / name).with_suffix(".yaml")
+        if path.is_file():
             return str(path)
-    return data
+    return name
 
 
 def is_sos_key(key: str) -> bool:
-    """Tell whether a setting is ours: ``sos`` or anything that starts with ``sos_``."""
-    return key == "sos" or key.startswith("sos_")
+    """Tell whether a setting is ours: ``sos``, anything that starts with ``sos_``, or one of ``RECIPE``."""
+    return key == "sos" or key.startswith("sos_") or key in RECIPE
 
 
 @dataclass(frozen=True)
@@ -58,6 +84,9 @@ class SOSConfig:
         sos_images (int): At least 1.
         sos_layers (str | list[str]): ``all`` or kinds of layers.
         sos_guard (float | None): At least 0, or None.
+        lr_steps (list[float] | None): Fractions of the epochs, in (0, 1), or None.
+        mixup_alpha (float | None): Above 0, or None.
+        sos_analyze (int | None): At least 1, epochs, or None.
     """
 
     sos: bool
@@ -71,6 +100,14 @@ class SOSConfig:
     sos_images: int
     sos_layers: str | list[str]
     sos_guard: float | None
+    lr_steps: list[float] | None
+    mixup_alpha: float | None
+    sos_analyze: int | None
+
+    @property
+    def stock(self) -> bool:
+        """Whether nothing is asked for that the host's own trainer does not do."""
+        return not self.sos and all(getattr(self, key) is None for key in RECIPE)
 
     @classmethod
     def keys(cls) -> list[str]:
@@ -149,8 +186,9 @@ def _rank(key: str, value: Any) -> int | float:
 
 
 def _layers(key: str, value: Any) -> str | list[str]:
-    kinds = value.split(",") if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
-    kinds = [str(kind).strip() for kind in kinds]
+    # The host's grammar leaves [box,cls] a text, since its items have no quotes.
+    given = value.removeprefix("[").removesuffix("]").split(",") if isinstance(value, str) else value
+    kinds = [str(kind).strip() for kind in given] if isinstance(given, (list, tuple)) else []
     if kinds == ["all"]:
         return "all"
     wrong = [kind for kind in kinds if kind not in KINDS]
@@ -159,10 +197,17 @@ def _layers(key: str, value: Any) -> str | list[str]:
     return kinds
 
 
-def _guard(key: str, value: Any) -> float | None:
-    if value is None or (isinstance(value, str) and value.lower() == "none"):  # YAML knows 'null', users write 'none'
-        return None
-    return _real("a number of at least 0, or none", lambda x: x >= 0)(key, value)
+def _optional(check):
+    """Return a check that also takes None: YAML knows 'null', users write 'none'."""
+    return lambda key, value: None if value is None or str(value).lower() == "none" else check(key, value)
+
+
+def _steps(key: str, value: Any) -> list[float]:
+    right = "a list of fractions of the epochs, each above 0 and below 1, such as [0.5,0.75], or none"
+    steps = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not steps or not all(type(step) is float and 0 < step < 1 for step in steps):
+        raise _error(key, value, right)
+    return steps
 
 
 _CHECKS = {
@@ -176,5 +221,8 @@ _CHECKS = {
     "sos_interval": _real("an integer of at least 1", lambda x: x >= 1, integer=True),
     "sos_images": _real("an integer of at least 1", lambda x: x >= 1, integer=True),
     "sos_layers": _layers,
-    "sos_guard": _guard,
+    "sos_guard": _optional(_real("a number of at least 0, or none", lambda x: x >= 0)),
+    "lr_steps": _optional(_steps),
+    "mixup_alpha": _optional(_real("a number above 0, or none", lambda x: x > 0)),
+    "sos_analyze": _optional(_real("an integer of at least 1, or none", lambda x: x >= 1, integer=True)),
 }

@@ -56,6 +56,10 @@ class Method:
         for value, choices in ((self.name, METHODS), (self.solver, SOLVERS), (self.weighting, WEIGHTINGS)):
             if value not in choices:
                 raise ValueError(f"'{value}' is unknown. Choose one of {', '.join(choices)}.")
+        if not (0.0 < self.rank <= 1.0 if isinstance(self.rank, float) else self.rank >= 1):
+            raise ValueError(
+                f"rank={self.rank} must be an integer of at least 1, or a float in (0, 1], a fraction of d."
+            )
 
     def rank_of(self, d: int) -> int:
         """Return the rank for a layer of input size d; what exceeds d is cut to it, except for drawn rows."""
@@ -249,7 +253,11 @@ class Collector:
             weights: dict[Any, Tensor] = {}
             for (weighting, *_), collected in self._collected.items():
                 if weighting not in weights:
-                    weights[weighting] = row_weights(weighting, layer.kind, probabilities[layer.classifier])
+                    p = probabilities[layer.classifier]
+                    if weighting == "confidence" and layer.kind == "linear":
+                        # A label is certain of itself; how decided a row is, only the prediction tells.
+                        p = output_rows(layer.module, rows[layer.name]).softmax(1)
+                    weights[weighting] = row_weights(weighting, layer.kind, p)
                 collected[layer.name].update(rows[layer.name], weights[weighting])
 
     def solve(self, layer: FinalLayer, method: Method, seed: int = 0) -> ShiftResult:

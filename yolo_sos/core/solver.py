@@ -157,7 +157,6 @@ def _gauss(a: Tensor, v: Tensor, rtol: float) -> tuple[Tensor, int]:
     if rank == 0:
         return v, 0
     system = system[:rank]  # the rest are the zero rows
-    system = system / system[:, :d].norm(dim=1, keepdim=True)  # halves the digits that A'A'ᵀ loses
     a, z = system[:, :d], system[:, d:]
     lu, pivots = torch.linalg.lu_factor(a @ a.T)
     x = a.T @ torch.linalg.lu_solve(lu, pivots, z)  # V*ᵀ (d, out)

@@ -20,18 +20,18 @@ from ultralytics.utils.patches import torch_load
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_sos import __version__
-from yolo_sos.config import SOSConfig, is_sos_key, resolve_data
+from yolo_sos.analyze import curves, watch
+from yolo_sos.config import CHECKPOINT_KEY, SOSConfig, is_sos_key, resolve_data, resolve_model
 from yolo_sos.core import FinalLayer, ShiftReport, shift_layers
 from yolo_sos.files import atomic_path
 from yolo_sos.heads import HostTask, final_layers, select_layers
 from yolo_sos.train.record import ShiftLog, columns, log_line
-from yolo_sos.train.sampling import ShiftSample, plain_view, preserve_rng, split_sizes
-from yolo_sos.train.schedule import is_due
+from yolo_sos.train.sampling import ShiftSample, Source, plain_view, preserve_rng, split_sizes
+from yolo_sos.train.schedule import is_due, step_factor
 
 # An event that nothing runs. The callbacks are the one thing besides args and weights that the host hands to the
 # workers of a distributed run, and args refuse keys that are not the host's.
 CARRIER = "sos_settings"
-CHECKPOINT_KEY = "sos"
 PREFIX = colorstr("SOS: ")
 
 
@@ -44,9 +44,10 @@ else:
 class SOSMixin(BaseTrainer):
     """Stochastic optimum shifting for a trainer of Ultralytics: put it before the trainer among the base classes.
 
-    The ``sos*`` settings are taken out of ``overrides`` and never reach ``trainer.args``. With ``sos=False`` the
-    trainer is the stock one. With ``sos=True``, at the end of each epoch for which ``is_due`` says so, before validation and
-    saving, the EMA and the live model are shifted, each from its own features of the same few training images.
+    The settings are taken out of ``overrides`` and never reach ``trainer.args``. With ``sos=False`` the trainer is the
+    stock one, unless ``lr_steps`` or ``mixup_alpha`` ask for more. With ``sos=True``, at the end of each epoch for
+    which ``is_due`` says so, before validation and saving, the EMA and the live model are shifted, each from its own
+    features of the same few training images.
 
     Attributes:
         sos (SOSConfig): The settings.
@@ -69,11 +70,19 @@ class SOSMixin(BaseTrainer):
         self._asked = {k: d.pop(k) for d in (cfg, overrides) for k in list(d) if is_sos_key(k)}
         carried = (_callbacks or {}).get(CARRIER)
         self.sos = SOSConfig.from_dict(carried[0] if carried else self._asked)
-        if "data" in overrides:
-            overrides["data"] = resolve_data(overrides["data"])
-        self._shift_columns = columns({})
+        for key, resolve in (("data", resolve_data), ("model", resolve_model)):
+            if key in overrides:
+                overrides[key] = resolve(overrides[key])
+        self._shift_columns, self._watch_columns = columns({}), watch.columns()
         super().__init__(cfg, overrides, _callbacks)
-        if self.sos.sos:
+        if self.sos.mixup_alpha is not None and self.args.task != "classify":
+            raise ValueError(
+                f"mixup_alpha={self.sos.mixup_alpha} is for task=classify; for task={self.args.task} there is mixup."
+            )
+        every = self.sos.sos_analyze
+        if every is not None and every > self.args.epochs:
+            raise ValueError(f"sos_analyze={every} is more than epochs={self.args.epochs}: nothing would be measured.")
+        if not self.sos.stock:
             self.callbacks[CARRIER] = [self.sos.to_dict()]
             if RANK in {-1, 0}:
                 settings = self.sos.to_dict()
@@ -87,14 +96,13 @@ class SOSMixin(BaseTrainer):
         if not self.resume:
             return
         saved = load_checkpoint(self.args.model)[1].get(CHECKPOINT_KEY)
-        if saved is None:
-            if self.sos.sos:
-                raise ValueError(
-                    f"{self.args.model} was trained without SOS: resuming it with sos=true would change the run half "
-                    f"way. Resume without sos=true, or start a new run from it: model={self.args.model} sos=true."
-                )
-            return
-        self.sos = SOSConfig.from_dict(saved["settings"])
+        settings = SOSConfig.from_dict(saved["settings"] if saved else {})
+        if self.sos.sos and not settings.sos:
+            raise ValueError(
+                f"{self.args.model} was trained without SOS: resuming it with sos=true would change the run half "
+                f"way. Resume without sos=true, or start a new run from it: model={self.args.model} sos=true."
+            )
+        self.sos = settings
         ignored = [
             k
             for k, v in SOSConfig.from_dict(self._asked).to_dict().items()
@@ -115,6 +123,10 @@ class SOSMixin(BaseTrainer):
     def _setup_train(self) -> None:
         """Set up as the host does; then everything that a shift needs, so that what is wrong shows now."""
         super()._setup_train()
+        if self.sos.sos_analyze is not None and RANK in {-1, 0}:
+            final_layers(unwrap_model(self.model))  # raises where there are none
+            self._watched: dict[int, ShiftSample] = {}
+            self.metrics.update(self._watch_columns)
         if not self.sos.sos:
             return
         model = unwrap_model(self.model)
@@ -126,15 +138,31 @@ class SOSMixin(BaseTrainer):
             LOGGER.warning(f"{PREFIX}frozen layers are not shifted: {', '.join(frozen)}")
         self._shifted_names = {layer.name for layer in chosen} - set(frozen)
         if RANK in {-1, 0}:
-            self._view = plain_view(self.train_loader.dataset, self.args)
-            split_sizes(len(self._view), self.sos.sos_images, self.sos.sos_guard is not None)
+            self._source = self.shift_source()
+            split_sizes(len(self._source.view), self._source.images, self.sos.sos_guard is not None)
             self._shift_log = ShiftLog(self.save_dir / "sos.csv", resume_from=self.start_epoch)
             self.metrics.update(self._shift_columns)
 
+    def shift_source(self) -> Source:
+        """Return what the images of shifts are drawn from; asked once, when everything else is set up."""
+        return Source(plain_view(self.train_loader.dataset, self.args), self.sos.sos_images)
+
+    def _setup_scheduler(self) -> None:
+        """Schedule the learning rate as the host does, or in the steps of ``lr_steps``."""
+        steps = self.sos.lr_steps
+        if steps is None:
+            super()._setup_scheduler()
+            return
+        self.lf = lambda epoch: step_factor(epoch, self.epochs, steps)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_lambda=self.lf)
+
     def run_callbacks(self, event: str) -> None:
         """Shift at the end of a training epoch, ahead of the callbacks: before the EMA is validated and saved."""
-        if event == "on_train_epoch_end" and self.sos.sos:
-            self._end_epoch()
+        if event == "on_train_epoch_end":
+            if self.sos.sos:
+                self._end_epoch()
+            if self.sos.sos_analyze is not None:
+                self._analyze()
         super().run_callbacks(event)
 
     def _end_epoch(self) -> None:
@@ -147,6 +175,32 @@ class SOSMixin(BaseTrainer):
             if reports:
                 self._shift_log.add(self.epoch + 1, reports)
                 LOGGER.info(PREFIX + log_line(reports))
+
+    def _analyze(self) -> None:
+        """Measure the EMA, as it is validated and saved: on rank 0, the others meet it again at validation."""
+        every = self.sos.sos_analyze
+        due = every is not None and (self.epoch + 1) % every == 0
+        measured: dict[str, float] = {}
+        if due and RANK in {-1, 0}:
+            with preserve_rng():
+                measured = watch.measure(self.ema.ema, self._watched_batches, seed=self.args.seed)
+            LOGGER.info(PREFIX + watch.log_line(measured))
+        self._watch_columns = watch.columns(measured)
+        if RANK in {-1, 0}:
+            self.metrics.update(self._watch_columns)
+
+    def _watched_batches(self, images: int) -> Iterator[dict[str, Any]]:
+        """Yield the batches that are measured: those of one drawing, whatever the epoch."""
+        if images not in self._watched:
+            source = self.shift_source()
+            self._watched[images] = ShiftSample(self, source.view, images, False, self.args.seed, source.labels)
+        return self._watched[images].batches("fit")
+
+    @property
+    def _columns(self) -> dict[str, float]:
+        """Our columns of this epoch; the same keys in every one."""
+        shift = self._shift_columns if self.sos.sos else {}
+        return {**shift, **(self._watch_columns if self.sos.sos_analyze is not None else {})}
 
     def _shift(self) -> dict[str, ShiftReport]:
         """Shift the EMA and the live model; in a distributed run rank 0 does, and tells the others.
@@ -180,7 +234,8 @@ class SOSMixin(BaseTrainer):
         guard = self.sos.sos_guard
         # One seed per epoch: a resumed run draws what an unbroken one would have drawn.
         seed = self.args.seed + 1_000_003 * (self.epoch + 1)
-        sample = ShiftSample(self, self._view, self.sos.sos_images, guard is not None, seed)
+        source = self._source
+        sample = ShiftSample(self, source.view, source.images, guard is not None, seed, source.labels)
         criterion = unwrap_model(self.model).criterion
         return {
             name: shift_layers(
@@ -201,21 +256,19 @@ class SOSMixin(BaseTrainer):
         return [layer for layer in final_layers(model) if layer.name in self._shifted_names]
 
     def validate(self) -> tuple[dict[str, Any] | None, float | None]:
-        """Validate as the host does; the shift's columns join its metrics, and so every logger."""
+        """Validate as the host does; our columns join its metrics, and so every logger."""
         metrics, fitness = super().validate()
-        if self.sos.sos and metrics is not None:
-            metrics.update(self._shift_columns)
+        if metrics is not None:
+            metrics.update(self._columns)
         return metrics, fitness
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
-        """Write a row of results.csv with the shift's columns last: the host writes by position, the header once."""
-        if self.sos.sos:
-            metrics = {**{k: v for k, v in metrics.items() if k not in self._shift_columns}, **self._shift_columns}
-        super().save_metrics(metrics)
+        """Write a row of results.csv with our columns last: the host writes by position, the header once."""
+        super().save_metrics({**{k: v for k, v in metrics.items() if k not in self._columns}, **self._columns})
 
     def save_model(self) -> bool:
         """Save as the host does, add the settings under a key of their own, and put whole files in place at once."""
-        if not self.sos.sos:
+        if self.sos.stock:
             return super().save_model()
         with TemporaryDirectory(prefix=".weights", dir=self.save_dir) as folder:
             with self._redirected(Path(folder)):
@@ -248,3 +301,5 @@ class SOSMixin(BaseTrainer):
         super().plot_metrics()
         if self.sos.sos and self._shift_log.rows:
             self._shift_log.plot(self.save_dir / "sos.png", on_plot=self.on_plot)
+        if self.sos.sos_analyze is not None:
+            curves.plot(self.csv, self.save_dir / "analyze.png", self.on_plot)

@@ -75,7 +75,11 @@ class ShiftLog:
                 self.rows = [row for row in csv.DictReader(f) if int(row["epoch"]) <= resume_from]
 
     def add(self, epoch: int, reports: dict[str, ShiftReport]) -> None:
-        """Append the shifts at the end of ``epoch``, counted from 1 as in results.csv."""
+        """Append the shifts at the end of ``epoch``, counted from 1 as in results.csv.
+
+        Lines of that epoch that are there already go: the host runs an epoch again when it recovers from NaN.
+        """
+        self.rows = [row for row in self.rows if int(row["epoch"]) < epoch]
         for model, report in reports.items():
             for record in report.layers:
                 self.rows.append(

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
@@ -66,21 +68,56 @@ def plain_view(dataset: Any, args: Any) -> Any:
     return view
 
 
+@dataclass(frozen=True)
+class Source:
+    """What shifts draw their images from.
+
+    Attributes:
+        view (Dataset): The training set with validation transforms; its ``collate_fn`` makes batches.
+        images (int): Images to fit on, see ``split_sizes``.
+        labels (Sequence[int], optional): The class of each image, where an image has one: each class then has its share
+            of a sample, as far as the set allows.
+    """
+
+    view: Any
+    images: int
+    labels: Sequence[int] | None = None
+
+
+def draw(count: int, labels: Sequence[int] | None, seed: int) -> list[int]:
+    """Return 0 … count−1 in random order; with labels, every stretch of it holds each class about equally often.
+
+    The first image of each class comes before the second of any, and so on, until a class runs out.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    if labels is None:
+        return order
+    seen: Counter[int] = Counter()
+    turn = []
+    for i in order:
+        turn.append(seen[labels[i]])
+        seen[labels[i]] += 1
+    return [order[i] for i in sorted(range(count), key=turn.__getitem__)]  # stable: random within a turn
+
+
 class ShiftSample:
     """The images of one shift: two disjoint random sets, loaded once, for as many models as are shifted.
 
     Args:
-        trainer (BaseTrainer): Supplies the training set, its collate function and ``preprocess_batch``.
-        view (Dataset): The training set with validation transforms.
+        trainer (BaseTrainer): Supplies the batch size and ``preprocess_batch``.
+        view (Dataset): The training set with validation transforms; its ``collate_fn`` makes batches.
         images (int): Images to fit on, see ``split_sizes``.
         guarded (bool): Whether to hold images out.
         seed (int): Chooses the images.
+        labels (Sequence[int], optional): See ``Source``.
     """
 
-    def __init__(self, trainer: Any, view: Any, images: int, guarded: bool, seed: int):
+    def __init__(
+        self, trainer: Any, view: Any, images: int, guarded: bool, seed: int, labels: Sequence[int] | None = None
+    ):
         """Choose the images; they are loaded when first asked for."""
         fit, held = split_sizes(len(view), images, guarded)
-        chosen = torch.randperm(len(view), generator=torch.Generator().manual_seed(seed))[: fit + held].tolist()
+        chosen = draw(len(view), labels, seed)[: fit + held]
         self._trainer = trainer
         self._view = view
         self._chosen = {"fit": chosen[:fit], "heldout": chosen[fit:]}

@@ -1,0 +1,70 @@
+# yolo-sos, AGPL-3.0
+"""What is installed works without the checkout: the settings' defaults and the data sets come along."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+import yolo_sos
+
+pytest.importorskip("build")
+pytest.importorskip("hatchling")
+ROOT = Path(__file__).parents[1]
+
+
+def run(*args, **kwargs) -> str:
+    """Return what a command prints; its errors are shown if it fails."""
+    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    run("-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_the_wheel_holds_the_package_and_every_named_config(wheel):
+    assert wheel.name == f"yolo_sos-{yolo_sos.__version__}-py3-none-any.whl"
+    names = set(ZipFile(wheel).namelist())
+    assert {"yolo_sos/cfg/sos.yaml", "yolo_sos/cfg/datasets/digits.yaml"} <= names
+    for folder, suffix in (("yolo_sos", "py"), ("cfg", "yaml")):
+        for path in (ROOT / folder).rglob(f"*.{suffix}"):
+            name = path.relative_to(ROOT).as_posix()
+            assert (name if folder == "yolo_sos" else f"yolo_sos/{name}") in names
+    packaged = (n for n in names if ".dist-info/" not in n)
+    assert {n.split("/")[0] for n in packaged} == {"yolo_sos"}  # no tests, no tools
+    assert [n for n in names if n.endswith("LICENSE")]
+
+
+def test_it_works_from_elsewhere(wheel, tmp_path):
+    target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", target, wheel)
+    code = (
+        "import json, yolo_sos; from yolo_sos.config import CFG_DIR, SOSConfig, resolve_data; "
+        "print(json.dumps([yolo_sos.__file__, str(CFG_DIR), SOSConfig.from_dict({}).to_dict(), "
+        "resolve_data('digits.yaml')]))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(target)}
+    file, cfg, defaults, digits = json.loads(run("-c", code, cwd=elsewhere, env=env))
+    assert Path(file) == target / "yolo_sos/__init__.py"
+    assert Path(cfg) == target / "yolo_sos/cfg"
+    from yolo_sos.config import SOSConfig
+
+    assert defaults == SOSConfig.from_dict({}).to_dict()
+    assert Path(digits) == target / "yolo_sos/cfg/datasets/digits.yaml" and Path(digits).is_file()
+    printed = run("-m", "yolo_sos.cli", "cfg", cwd=elsewhere, env=env)
+    assert printed.strip() == (ROOT / "cfg/sos.yaml").read_text(encoding="utf-8").strip()
+    assert f"yolo-sos {yolo_sos.__version__} " in run("-m", "yolo_sos.cli", "version", cwd=elsewhere, env=env)
+    assert (target / "bin/yolo-sos").exists() or (target / "bin/yolo-sos.exe").exists()
