@@ -66,7 +66,7 @@ GOOD = {
     "sos_solver": list(SOLVERS),
     "sos_start": [0, 0.0, 0.5, 1, 1.0],
     "sos_interval": [1, 7],
-    "sos_images": [1, 64],
+    "sos_images": [1, 64, None],
     "sos_layers": [
         "all",
         "box",
@@ -94,7 +94,7 @@ BAD = {
     "sos_solver": ["lu", None],
     "sos_start": [-0.1, 1.1, 5, math.nan, True, "0.5", None],
     "sos_interval": [0, -1, 1.0, 0.5, True, "1", None],
-    "sos_images": [0, -1, 8.0, True, "8", None],
+    "sos_images": [0, -1, 8.0, True, "8"],
     "sos_layers": ["", "boxes", "box,boxes", [], ["all", "box"], None, 3, True, "box,,cls"],
     "sos_guard": [-0.1, math.nan, math.inf, True, "0.1", "off", []],
     "lr_steps": [[], [0.0], [1.0], [0.5, 2], [True], [math.nan], 150, "0.5", {}],

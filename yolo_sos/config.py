@@ -81,7 +81,7 @@ class SOSConfig:
         sos_solver (str): ``svd``, ``qr`` or ``gauss``.
         sos_start (float): In [0, 1].
         sos_interval (int): At least 1, epochs.
-        sos_images (int): At least 1.
+        sos_images (int | None): At least 1, or None.
         sos_layers (str | list[str]): ``all`` or kinds of layers.
         sos_guard (float | None): At least 0, or None.
         lr_steps (list[float] | None): Fractions of the epochs, in (0, 1), or None.
@@ -97,7 +97,7 @@ class SOSConfig:
     sos_solver: str
     sos_start: float
     sos_interval: int
-    sos_images: int
+    sos_images: int | None
     sos_layers: str | list[str]
     sos_guard: float | None
     lr_steps: list[float] | None
@@ -219,7 +219,7 @@ _CHECKS = {
     "sos_solver": _choice(*SOLVERS),
     "sos_start": _real("a number from 0 to 1", lambda x: 0 <= x <= 1),
     "sos_interval": _real("an integer of at least 1", lambda x: x >= 1, integer=True),
-    "sos_images": _real("an integer of at least 1", lambda x: x >= 1, integer=True),
+    "sos_images": _optional(_real("an integer of at least 1, or none", lambda x: x >= 1, integer=True)),
     "sos_layers": _layers,
     "sos_guard": _optional(_real("a number of at least 0, or none", lambda x: x >= 0)),
     "lr_steps": _optional(_steps),

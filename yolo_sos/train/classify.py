@@ -21,8 +21,6 @@ from yolo_sos.train.backbones import set_head
 from yolo_sos.train.mixin import PREFIX, SOSMixin
 from yolo_sos.train.sampling import Source
 
-PER_CLASS = 3  # images to fit on: the paper draws 300 rows for the 100 classes of CIFAR-100
-
 
 class Mixup:
     """Collates a batch and mixes it with itself: ``x ← m x + (1−m) x'``, labels alike, m drawn from Beta(α, α).
@@ -108,13 +106,13 @@ class SOSClassificationTrainer(SOSMixin, ClassificationTrainer):
         return method.rank_of(weight_matrix(final.module).shape[1])
 
     def shift_source(self) -> Source:
-        """Return the training set without augmentation: each class gets its share, and no rank lacks rows.
-
-        An image is one row here, so there must be as many as the rank asks for.
-        """
+        """Return the training set without augmentation; each class gets its share of a sample."""
         dataset = self.train_loader.dataset
         view = copy(dataset)  # shallow: nothing is scanned or loaded again
         view.torch_transforms = classify_transforms(size=self.args.imgsz)
         view.collate_fn = default_collate
-        images = max(self.sos.sos_images, PER_CLASS * self.data["nc"], self._rank())
-        return Source(view, images, [sample[1] for sample in dataset.samples])
+        return Source(view, self.shift_images(), [sample[1] for sample in dataset.samples])
+
+    def shift_images(self) -> int:
+        """Return how many images to fit on; an image is one row here, so by default no fewer than the rank."""
+        return self.sos.sos_images or max(super().shift_images(), self._rank())

@@ -26,7 +26,7 @@ from yolo_sos.core import FinalLayer, ShiftReport, shift_layers
 from yolo_sos.files import atomic_path
 from yolo_sos.heads import HostTask, final_layers, select_layers
 from yolo_sos.train.record import ShiftLog, columns, log_line
-from yolo_sos.train.sampling import ShiftSample, Source, plain_view, preserve_rng, split_sizes
+from yolo_sos.train.sampling import IMAGES, PER_CLASS, ShiftSample, Source, plain_view, preserve_rng, split_sizes
 from yolo_sos.train.schedule import is_due, step_factor
 
 # An event that nothing runs. The callbacks are the one thing besides args and weights that the host hands to the
@@ -145,7 +145,11 @@ class SOSMixin(BaseTrainer):
 
     def shift_source(self) -> Source:
         """Return what the images of shifts are drawn from; asked once, when everything else is set up."""
-        return Source(plain_view(self.train_loader.dataset, self.args), self.sos.sos_images)
+        return Source(plain_view(self.train_loader.dataset, self.args), self.shift_images())
+
+    def shift_images(self) -> int:
+        """Return how many images to fit on: as many as asked for, or enough for every class to be seen."""
+        return self.sos.sos_images or max(IMAGES, PER_CLASS * self.data["nc"])
 
     def _setup_scheduler(self) -> None:
         """Schedule the learning rate as the host does, or in the steps of ``lr_steps``."""

@@ -27,7 +27,7 @@ def columns(reports: dict[str, ShiftReport]) -> dict[str, float]:
             validated and saved. Empty where no shift ran: the same columns, all nan.
 
     Returns:
-        (dict[str, float]): ``sos/norm_ratio`` (Σ‖V_t‖²/Σ‖V‖²), ``sos/rank`` (mean over layers), ``sos/deviation`` (mean),
+        (dict[str, float]): ``sos/norm_ratio`` (Σ‖V_t‖²/Σ‖V‖²), ``sos/rank`` and ``sos/deviation`` (means over layers),
             ``sos/heldout_before`` and ``sos/heldout_after`` (loss per image), ``sos/t``, ``sos/ms`` (all models
             together).
     """

@@ -1,0 +1,273 @@
+# yolo-sos, AGPL-3.0
+"""Neural collapse, NC1 to NC4, in one pass over the features.
+
+Definitions of Papyan, Han & Donoho (*Prevalence of neural collapse during the terminal phase of deep learning
+training*, PNAS 117, 2020). With features h of class c, class means μ_c, their mean μ_G, centred means m_c = μ_c − μ_G,
+and V, b the final layer::
+
+    nc1         tr(Σ_W Σ_B⁺) / C            within-class against between-class variation; 0: features are their class
+    nc2_norms   std_c ‖m_c‖ / mean_c ‖m_c‖  0: class means are equally far from the centre
+    nc2_angles  mean_{c≠c'} |cos(m_c, m_c') + 1/(C−1)|    0: and as far apart as can be, a simplex
+    nc3         ‖V/‖V‖_F − M/‖M‖_F‖_F       0: the classifier's rows are the class means; M has the rows m_c
+    nc4         P[argmax_c (V h + b)_c ≠ argmin_c ‖h − μ_c‖]    0: it decides as the nearest class mean would
+
+Σ_W is the mean over all features of (h − μ_c)(h − μ_c)ᵀ, Σ_B the mean over classes of m_c m_cᵀ. Only classes with at
+least two features take part; C is their number.
+
+For a **classifier** the features are the inputs of its final linear layer, one per image. For a **detector** they are
+the inputs of a scale's final class layer at those anchor points that the task's own assigner gives to an object, and
+the class is that object's; the background is no class. Of a head with two branches, each branch with its own assigner.
+
+Memory is O(C·d + d²): per block of images the count and sum of each class and the second moment of all features, and
+for NC4, which needs the means first, a uniform sample of features of fixed size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from ultralytics.utils.tal import TaskAlignedAssigner
+
+from yolo_sos.analyze.estimate import Estimate
+from yolo_sos.core import FinalLayer, Gram, RowSample, Task, input_rows, weight_matrix
+from yolo_sos.core.solver import as_float64
+
+BLOCKS = 8  # of images, for the jackknife
+DECISIONS = 2048  # features kept for NC4: a standard error of at most 1.1 percentage points
+NAMES = ("nc1", "nc2_norms", "nc2_angles", "nc3", "nc4")
+
+
+@dataclass
+class Moments:
+    """What NC1 to NC3 need of some features; blocks add up with ``+``.
+
+    Attributes:
+        counts (Tensor): ``(C,)`` features of each class.
+        sums (Tensor): ``(C, d)`` their sums.
+        gram (Gram): Second moment of all features.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    gram: Gram
+
+    @classmethod
+    def empty(cls, classes: int, d: int) -> Moments:
+        """Return the moments of no features."""
+        return cls(torch.zeros(classes, dtype=torch.float64), torch.zeros(classes, d, dtype=torch.float64), Gram(d))
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add features ``(n, d)`` of classes ``(n,)``."""
+        a, index = as_float64(features), labels.long()
+        self.counts += torch.bincount(index, minlength=len(self.counts)).cpu()
+        self.sums += torch.zeros(self.sums.shape, dtype=a.dtype, device=a.device).index_add_(0, index, a).cpu()
+        self.gram.update(features)
+
+    def __add__(self, other: Moments) -> Moments:
+        """Merge two blocks."""
+        return Moments(self.counts + other.counts, self.sums + other.sums, self.gram + other.gram)
+
+    @property
+    def present(self) -> Tensor:
+        """The classes that take part, as indices."""
+        return (self.counts >= 2).nonzero()[:, 0]
+
+    @property
+    def means(self) -> Tensor:
+        """Means of the classes present, ``(C, d)``."""
+        return self.sums[self.present] / self.counts[self.present, None]
+
+
+def _centred(moments: Moments) -> Tensor:
+    means = moments.means
+    return means - means.mean(0)
+
+
+def nc1(moments: Moments) -> float:
+    """Return ``tr(Σ_W Σ_B⁺) / C``; inf where the class means are all the same."""
+    if len(moments.present) < 2:
+        return math.nan
+    m = _centred(moments)
+    counts, means = moments.counts[moments.present], moments.means
+    # A class with one feature is in the second moment too: its own deviation from its mean is zero.
+    lone = moments.sums[(moments.counts == 1).nonzero()[:, 0]]
+    between = (means * counts[:, None]).T @ means + lone.T @ lone
+    within = (moments.gram.matrix.cpu() - between) / counts.sum()
+    _, s, basis = torch.linalg.svd(m, full_matrices=False)
+    kept = s > len(m) * torch.finfo(torch.float64).eps * s[0]
+    kept[len(m) - 1 :] = False  # centred: C means span C − 1 dimensions, whatever rounding says
+    if not kept.any():
+        return math.inf
+    # Σ_B = MᵀM/C = Σ_k (s_k²/C) v_k v_kᵀ: the two factors of C cancel.
+    variation = ((basis[kept] @ within) * basis[kept]).sum(1).clamp(min=0)
+    return float((variation / s[kept].square()).sum())
+
+
+def nc2_norms(moments: Moments) -> float:
+    """Return the coefficient of variation of the centred means' lengths."""
+    if len(moments.present) < 2:
+        return math.nan
+    lengths = _centred(moments).norm(dim=1)
+    return float(lengths.std(unbiased=False) / lengths.mean()) if lengths.any() else math.nan
+
+
+def nc2_angles(moments: Moments) -> float:
+    """Return the mean distance of the cosines between centred means from −1/(C−1)."""
+    if len(moments.present) < 2:
+        return math.nan
+    directions = nn.functional.normalize(_centred(moments), dim=1)
+    c = len(directions)
+    cosines = (directions @ directions.T)[~torch.eye(c, dtype=torch.bool)]
+    return float((cosines + 1 / (c - 1)).abs().mean())
+
+
+def nc3(moments: Moments, weight: Tensor) -> float:
+    """Return the distance between V ``(C, d)`` and the centred means, each scaled to norm 1."""
+    if len(moments.present) < 2:
+        return math.nan
+    m, v = _centred(moments), as_float64(weight).cpu()[moments.present]
+    return float((v / v.norm() - m / m.norm()).norm()) if m.any() and v.any() else math.nan
+
+
+class Collapse:
+    """NC1 to NC4 of one final layer, streaming.
+
+    Args:
+        layer (FinalLayer): A layer whose outputs are class scores ``(n, C)``.
+        seed (int): Draws the sample for NC4.
+    """
+
+    def __init__(self, layer: FinalLayer, seed: int = 0):
+        """Start empty."""
+        self.layer = layer
+        classes, self.d = weight_matrix(layer.module).shape
+        self.blocks = [Moments.empty(classes, self.d) for _ in range(BLOCKS)]
+        self._drawn = RowSample(self.d, DECISIONS, torch.Generator().manual_seed(seed))
+        self._updates = 0
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add the features ``(n, d)`` of a batch with their classes ``(n,)``; −1: of no class."""
+        block = self.blocks[self._updates % BLOCKS]
+        self._updates += 1
+        chosen = labels >= 0
+        features, labels = features[chosen], labels[chosen]
+        if len(features):
+            block.update(features, labels)
+            self._drawn.update(features, torch.ones(len(features), 1))
+
+    def measures(self) -> dict[str, Estimate]:
+        """Return NC1 to NC4 by name; nan where fewer than two classes have two features.
+
+        Standard errors: the jackknife over blocks of images, and ``√(p(1−p)/n)`` for NC4.
+        """
+        blocks = [block for block in self.blocks if block.counts.any()] or self.blocks[:1]
+        weight = weight_matrix(self.layer.module)
+        measures = {of.__name__: Estimate.jackknife(of, blocks) for of in (nc1, nc2_norms, nc2_angles)}
+        measures["nc3"] = Estimate.jackknife(lambda moments: nc3(moments, weight), blocks)
+        return {**measures, "nc4": self._nc4(weight)}
+
+    @property
+    def features(self) -> int:
+        """Features seen."""
+        return sum(block.gram.rows for block in self.blocks)
+
+    @property
+    def total(self) -> Moments:
+        """The moments of all blocks."""
+        total = self.blocks[0]
+        for block in self.blocks[1:]:
+            total = total + block
+        return total
+
+    @property
+    def classes(self) -> int:
+        """Classes that take part."""
+        return len(self.total.present)
+
+    def _nc4(self, weight: Tensor) -> Estimate:
+        total = self.total
+        h = as_float64(self._drawn.sample).cpu()
+        if len(total.present) < 2 or not len(h):
+            return Estimate(math.nan, math.nan, len(h))
+        bias = self.layer.module.bias
+        logits = h @ as_float64(weight).cpu().T + (0.0 if bias is None else as_float64(bias).cpu())  # type: ignore[arg-type]
+        decided = logits[:, total.present].argmax(1)
+        nearest = torch.cdist(h, total.means).argmin(1)
+        p = float((decided != nearest).double().mean())
+        return Estimate(p, math.sqrt(p * (1 - p) / len(h)), len(h))
+
+
+def class_layers(layers: Sequence[FinalLayer]) -> list[FinalLayer]:
+    """Return the layers whose features are studied: those that give class scores."""
+    return [layer for layer in layers if layer.kind in {"cls", "linear"}]
+
+
+def mean_measures(collapses: Sequence[Collapse]) -> dict[str, float]:
+    """Return the mean of each measure over the layers where it is a number; nan where there are none."""
+    found = [collapse.measures() for collapse in collapses]
+    means = {}
+    for name in NAMES:
+        values = [of[name].estimate for of in found if math.isfinite(of[name].estimate)]
+        means[name] = sum(values) / len(values) if values else math.nan
+    return means
+
+
+@contextmanager
+def assignments(criterion: Any) -> Iterator[list[Tensor]]:
+    """Watch a detection criterion's assigners; the hooks are removed on leaving.
+
+    Args:
+        criterion (Any): Of the host; ``one2many`` and ``one2one`` within it where the head has two branches.
+
+    Yields:
+        (list[Tensor]): Grows by one ``(B, anchor points)`` per branch and call of the criterion: the class of the
+            object that a point is assigned to, −1 for the background.
+    """
+    seen: list[Tensor] = []
+    branches = [getattr(criterion, name) for name in ("one2many", "one2one") if hasattr(criterion, name)]
+    assigners: list[TaskAlignedAssigner] = [branch.assigner for branch in branches or [criterion]]
+
+    def keep(module: nn.Module, args: Any, result: tuple[Tensor, ...]) -> None:
+        labels, foreground = result[0], result[3]
+        seen.append(torch.where(foreground.bool(), labels.long(), -1))
+
+    handles = [assigner.register_forward_hook(keep) for assigner in assigners]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def collect(collapses: Sequence[Collapse], task: Task, output: Any, inputs: dict[str, Tensor], batch: Any) -> None:
+    """Add a batch to the collapse of each class layer.
+
+    Args:
+        collapses (Sequence[Collapse]): One per class layer, in the order of ``final_layers``.
+        task (Task): The task; a detector's criterion is run to see its assigners decide.
+        output (Any): What the task's ``forward`` returned.
+        inputs (dict[str, Tensor]): Layer name → its input.
+        batch (Any): The batch.
+    """
+    rows = [input_rows(c.layer.module, inputs[c.layer.name]) for c in collapses]
+    if collapses[0].layer.kind == "linear":
+        logits = rows[0].new_zeros(len(rows[0]), weight_matrix(collapses[0].layer.module).shape[0])
+        collapses[0].update(rows[0], task.probabilities(collapses[0].layer, logits, batch).argmax(1))
+        return
+    with assignments(task.criterion) as seen:  # type: ignore[attr-defined]
+        task.loss(output, batch)
+    images = task.size(batch)
+    points = [len(r) // images for r in rows]  # of each scale, per image
+    start = branch = 0
+    for collapse, r, n in zip(collapses, rows, points, strict=True):
+        if start == seen[branch].shape[1]:
+            start, branch = 0, branch + 1
+        # (B, anchor points) → this scale's (B, n) → (B·n,), images outermost as in ``input_rows``.
+        collapse.update(r, seen[branch][:, start : start + n].reshape(-1))
+        start += n

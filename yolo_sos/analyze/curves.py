@@ -1,0 +1,147 @@
+# yolo-sos, AGPL-3.0
+"""Trace and collapse against epochs: read from the results.csv of runs, drawn in one figure."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultralytics.utils import LOGGER, YAML, colorstr, plt_settings
+
+from yolo_sos.analyze.collapse import NAMES
+from yolo_sos.analyze.figures import TITLES, save
+from yolo_sos.analyze.material import labels
+from yolo_sos.analyze.report import Section, digits, write_report
+from yolo_sos.analyze.settings import save_dir, versions
+from yolo_sos.analyze.watch import columns
+
+PANELS = {"trace": "Hessian trace before the final layers", "gauss_newton": "Gauss-Newton trace", **TITLES}
+Curve = list[dict[str, float]]  # one dictionary per epoch that was analyzed: ``epoch`` and the columns without "sos/"
+
+
+def read_curve(run: str | Path) -> Curve:
+    """Return what a run measured of itself.
+
+    Args:
+        run (str | Path): Its folder, or its results.csv.
+
+    Raises:
+        FileNotFoundError: If it has no results.csv.
+        ValueError: If it was trained without ``sos_analyze``, or stopped before its first measurement.
+    """
+    path = Path(run) / "results.csv" if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise FileNotFoundError(f"runs={run}: there is no results.csv.")
+    with open(path, encoding="utf-8", newline="") as f:
+        rows = [{str(k).strip(): v for k, v in row.items()} for row in csv.DictReader(f)]
+    keys = list(columns())
+    if rows and not all(key in rows[0] for key in keys):
+        raise ValueError(f"runs={run} was not analyzed while it trained: train with sos_analyze=10, say.")
+    curve = [{"epoch": float(row["epoch"]), **{k.removeprefix("sos/"): float(row[k]) for k in keys}} for row in rows]
+    curve = [point for point in curve if math.isfinite(point["trace"])]
+    if not curve:
+        raise ValueError(f"runs={run} holds no measurement yet: it stopped before its first one.")
+    return curve
+
+
+@plt_settings()
+def draw(curves: dict[str, Curve], path: Path, on_plot: Callable[[Path], None] | None = None) -> Path:
+    """Draw the curves of runs, a panel per measure."""
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
+    for ax, (key, title) in zip(axes.flat, PANELS.items(), strict=False):
+        for i, (name, curve) in enumerate(curves.items()):
+            epochs, values = [p["epoch"] for p in curve], [p[key] for p in curve]
+            errors = [p.get(f"{key}_stderr", math.nan) for p in curve]
+            style = {"fmt": "o-", "color": f"C{i}", "markersize": 4, "label": name}
+            ax.errorbar(epochs, values, errors if key in {"trace", "gauss_newton"} else None, capsize=3, **style)
+        if key == "nc1":
+            ax.set_yscale("log")  # falls by orders of magnitude
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("epoch")
+    axes.flat[0].legend(fontsize=8)
+    axes.flat[-1].set_axis_off()
+    saved = save(fig, path)
+    if on_plot:
+        on_plot(saved)
+    return saved
+
+
+def plot(results: Path, path: Path, on_plot: Callable[[Path], None] | None = None) -> None:
+    """Draw the curve of one run from its results.csv, unless it ended before its first measurement."""
+    try:
+        curve = read_curve(results)
+    except ValueError:
+        return
+    draw({results.parent.name: curve}, path, on_plot)
+
+
+class Curves:
+    """A comparison of what runs measured while they trained, checked and ready to ``run``.
+
+    Args:
+        runs (str | Path | Sequence[str | Path]): Folders of runs; a string may hold several with commas between them.
+        project (str, optional): As the host has it.
+        name (str, optional): As the host has it.
+        exist_ok (bool): Whether an existing folder may be written into.
+    """
+
+    def __init__(
+        self,
+        runs: str | Path | Sequence[str | Path],
+        *,
+        project: str | None = None,
+        name: str | None = None,
+        exist_ok: bool = False,
+    ):
+        """Read the curves."""
+        given = str(runs).split(",") if isinstance(runs, (str, Path)) else runs
+        paths = [Path(str(run).strip()) for run in given]
+        curves = [read_curve(path) for path in paths]
+        folders = [path if path.is_dir() else path.parent for path in paths]
+        self.curves = dict(zip(labels(folders), curves, strict=True))
+        self.settings = [
+            YAML.load(folder / "sos.yaml") if (folder / "sos.yaml").is_file() else {} for folder in folders
+        ]
+        self.folder = save_dir("", project, name, exist_ok)
+
+    def run(self) -> dict[str, Any]:
+        """Write ``analysis.json``, ``curves.png`` and ``report.html``.
+
+        Returns:
+            (dict): What ``analysis.json`` holds.
+        """
+        result = {
+            "config": {"runs": list(self.curves)},
+            "versions": versions(),
+            "runs": [
+                {"name": name, "settings": settings, "curve": curve}
+                for (name, curve), settings in zip(self.curves.items(), self.settings, strict=True)
+            ],
+        }
+        path = draw(self.curves, self.folder / "curves.png")
+        text = [
+            "What the runs measured of their averaged weights while they trained, on the same few training images at "
+            "every epoch, without augmentation: traces per image with their standard errors over probes, and neural "
+            "collapse, the mean over detection scales. Runs with one seed and data set see the same images and probes."
+        ]
+        for name, curve in self.curves.items():
+            first, last = curve[0], curve[-1]
+            text.append(
+                f"{name}: from epoch {first['epoch']:g} to {last['epoch']:g} the trace went from "
+                f"{digits(first['trace'], 4)} ± {digits(first['trace_stderr'], 2)} to {digits(last['trace'], 4)} ± "
+                f"{digits(last['trace_stderr'], 2)}, NC1 from {digits(first['nc1'], 3)} to {digits(last['nc1'], 3)}."
+            )
+        rows = [
+            [key, *(digits(curve[-1][key], 4) for curve in self.curves.values())]
+            for key in ("epoch", "trace", "trace_stderr", "gauss_newton", "gauss_newton_stderr", *NAMES)
+        ]
+        write_report(
+            self.folder, result, [Section("While training", text, path, ["last measurement", *self.curves], rows)]
+        )
+        LOGGER.info(f"{colorstr('analyze: ')}wrote {self.folder / 'report.html'} and analysis.json")
+        return result

@@ -1,0 +1,69 @@
+# yolo-sos, AGPL-3.0
+"""A number with its standard error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+RESOLVED = 3.0  # standard errors from zero: what is closer is not told apart from it
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number that was estimated.
+
+    Attributes:
+        estimate (float): The number.
+        stderr (float): Its standard error; nan where there was one sample.
+        samples (int): Probes, blocks or rows that it rests on.
+    """
+
+    estimate: float
+    stderr: float
+    samples: int
+
+    @classmethod
+    def mean(cls, samples: Sequence[float]) -> Estimate:
+        """Return the mean of independent samples and ``s/√n``."""
+        n = len(samples)
+        mean = sum(samples) / n if n else math.nan
+        spread = sum((x - mean) ** 2 for x in samples) / (n - 1) if n > 1 else math.nan
+        return cls(mean, math.sqrt(spread / n) if n > 1 else math.nan, n)
+
+    @classmethod
+    def jackknife(cls, statistic: Callable[[Any], float], blocks: Sequence[Any]) -> Estimate:
+        """Return a statistic of a sum, and its delete-one-block jackknife standard error.
+
+        ``SE² = (B−1)/B · Σ_b (θ_b − θ̄)²`` with θ_b the statistic without block b (Efron & Stein, *The jackknife
+        estimate of variance*, 1981).
+
+        Args:
+            statistic (Callable): Of a sum of blocks.
+            blocks (Sequence): What can be added with ``+``; at least one.
+        """
+        n = len(blocks)
+        whole = statistic(_sum(blocks))
+        if n < 2:
+            return cls(whole, math.nan, n)
+        without = [statistic(_sum([b for j, b in enumerate(blocks) if j != i])) for i in range(n)]
+        mean = sum(without) / n
+        return cls(whole, math.sqrt((n - 1) / n * sum((x - mean) ** 2 for x in without)), n)
+
+    @property
+    def resolved(self) -> bool:
+        """Whether it is told apart from zero: at least three standard errors away."""
+        return math.isfinite(self.stderr) and abs(self.estimate) >= RESOLVED * self.stderr and self.estimate != 0
+
+    def __str__(self) -> str:
+        """Return ``estimate ± stderr`` to four digits."""
+        return f"{self.estimate:.4g} ± {self.stderr:.2g}" if math.isfinite(self.stderr) else f"{self.estimate:.4g}"
+
+
+def _sum(blocks: Sequence[Any]) -> Any:
+    total = blocks[0]
+    for block in blocks[1:]:
+        total = total + block
+    return total

@@ -1,0 +1,311 @@
+# yolo-sos, AGPL-3.0
+"""The figures of a comparison, each with the sentences that say what it shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ultralytics.utils import plt_settings
+
+from yolo_sos.analyze.collapse import NAMES
+from yolo_sos.analyze.report import Section, digits, number
+from yolo_sos.files import atomic_path
+
+DPI = 110
+WHERE = {"before": "before the final layers", "final": "in the final layers", "all": "all parameters"}
+WHAT = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton", "gap": "gap"}
+TITLES = {
+    "nc1": "NC1  within / between",
+    "nc2_norms": "NC2  spread of lengths",
+    "nc2_angles": "NC2  distance from a simplex",
+    "nc3": "NC3  distance of V from means",
+    "nc4": "NC4  decisions that differ",
+}
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure and close it; in 64 colours, a third of the size of all of them, for a report that holds it."""
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=DPI)
+        with Image.open(temporary) as image:
+            small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        small.save(temporary, optimize=True)
+    plt.close(figure)
+    return path
+
+
+# Curvature ------------------------------------------------------------------------------------------------------------
+@plt_settings()
+def trace_figure(result: dict[str, Any], folder: Path) -> Section:
+    """Draw the traces of all models by block of parameters, and their paired differences from the first model."""
+    import matplotlib.pyplot as plt
+
+    models, changes = result["models"], result["differences"]
+    blocks = list(models[0]["trace"])
+    panels = len(blocks) + bool(changes)
+    fig, grid = plt.subplots(1, panels, figsize=(4.3 * panels, 4.2), squeeze=False, layout="constrained")
+    axes = list(grid[0])
+    for ax, block in zip(axes, blocks, strict=False):
+        for i, model in enumerate(models):
+            for j, key in enumerate(WHAT):
+                e = model["trace"][block][key]
+                x = j + (i - (len(models) - 1) / 2) * 0.8 / len(models)
+                label = model["name"] if j == 0 else None
+                ax.bar(x, e["estimate"], 0.75 / len(models), color=f"C{i}", label=label)
+                ax.errorbar(x, e["estimate"], e["stderr"], color="black", capsize=3, linewidth=1)
+        ax.set_xticks(range(len(WHAT)), WHAT.values())
+        ax.axhline(0, color="black", linewidth=0.6)
+        ax.set_title(f"trace, {WHERE[block]}", fontsize=10)
+    axes[0].legend(fontsize=8)
+    if changes:
+        ax = axes[-1]
+        ticks: list[str] = []
+        for i, change in enumerate(changes, start=1):
+            for block in blocks:
+                for key in ("hessian", "gauss_newton"):
+                    e = change["trace"][block][key]
+                    scale = abs(models[0]["trace"][block][key]["estimate"]) or 1.0
+                    y = -len(ticks)
+                    style = {"fmt": "o" if e["resolved"] else "x", "color": f"C{i}", "capsize": 3}
+                    ax.errorbar(100 * e["estimate"] / scale, y, xerr=100 * e["stderr"] / scale, **style)
+                    ticks.append(f"{WHAT[key]}, {block}")
+        ax.axvline(0, color="black", linewidth=0.6)
+        ax.set_yticks([-i for i in range(len(ticks))], ticks, fontsize=8)
+        ax.set_title(
+            f"change against {models[0]['name']}, %\n(●: at least 3 standard errors from 0; ×: not)", fontsize=10
+        )
+    path = save(fig, folder / "trace.png")
+    text = [
+        "The trace of the Hessian of the loss per image, and of its Gauss-Newton part, with standard errors over "
+        f"{models[0]['trace'][blocks[0]]['hessian']['samples']} probes on {result['images']['curvature']} training "
+        "images without augmentation. The gap between the two is the part that comes from the curvature of the network "
+        "itself. All models saw the same probes and images, so that the differences, on the right, are known better "
+        "than the traces."
+    ]
+    text += [sentence(change, block, key) for change in changes for block in blocks for key in WHAT if key != "gap"]
+    if any(_negative(m["trace"][b]["hessian"]) for m in models for b in blocks):
+        text.append(
+            "A Hessian trace below zero says that the model is not at a minimum of this loss: directions that curve "
+            "down outweigh those that curve up. There, lower does not mean flatter; compare the Gauss-Newton traces."
+        )
+    if any(m["trace"][b]["gauss_newton"]["estimate"] < 0 for m in models for b in blocks):
+        text.append("A Gauss-Newton trace below zero comes from the overlap of boxes, which is not convex.")
+    rows = [["loss per image", *(number(m["loss"]) for m in models)]]
+    for block in blocks:
+        rows += [[f"{WHAT[k]} trace, {WHERE[block]}", *(number(m["trace"][block][k]) for m in models)] for k in WHAT]
+        if block in models[0]["largest_eigenvalue"]:
+            title = f"largest eigenvalue, {WHERE[block]} (± residual)"
+            rows.append([title, *(number(m["largest_eigenvalue"][block]) for m in models)])
+            rows.append([f"norm of the weights {WHERE[block]}", *(number(m["weight_norm"][block]) for m in models)])
+    rows.append(["‖V‖ of the final layers", *(number(m["weight_norm"]["final_weights"]) for m in models)])
+    return Section("Curvature", text, path, ["", *(m["name"] for m in models)], rows)
+
+
+def _negative(e: dict[str, Any]) -> bool:
+    return e["estimate"] + 3 * e["stderr"] < 0
+
+
+def sentence(change: dict[str, Any], block: str, key: str) -> str:
+    """Return what a difference of traces says, or that it does not."""
+    e = change["trace"][block][key]
+    subject = f"{WHAT[key]} trace, {WHERE[block]}, {change['model']} against {change['against']}: "
+    if e["estimate"] == 0 == e["stderr"]:
+        return subject + "unchanged, no probe told a difference."
+    verdict = ("lower" if e["estimate"] < 0 else "higher") if e["resolved"] else "not resolved"
+    figure = f"{digits(e['estimate'], 3, '+')} ± {digits(e['stderr'], 2)} ({e['relative']:+.1%})"
+    why = "" if e["resolved"] else ", less than three standard errors"
+    return f"{subject}{figure}, {verdict}{why}; without pairing it would be ± {digits(e['unpaired'], 2)}."
+
+
+# Neural collapse ------------------------------------------------------------------------------------------------------
+@plt_settings()
+def collapse_figure(result: dict[str, Any], folder: Path) -> Section:
+    """Draw NC1 to NC4 of all models, by layer."""
+    import matplotlib.pyplot as plt
+
+    models = result["models"]
+    layers = [c["layer"] for c in models[0]["collapse"]]
+    if not layers:
+        return Section(
+            "Neural collapse",
+            ["The data set has one class: there are no class means to compare, and NC1 to NC4 are not defined."],
+        )
+    fig, axes = plt.subplots(1, len(NAMES), figsize=(3.1 * len(NAMES), 3.4), layout="constrained")
+    for ax, name in zip(axes, NAMES, strict=True):
+        for i, model in enumerate(models):
+            values = [c[name] for c in model["collapse"]]
+            xs = [j + (i - (len(models) - 1) / 2) * 0.8 / len(models) for j in range(len(values))]
+            ax.bar(xs, [v["estimate"] for v in values], 0.75 / len(models), color=f"C{i}", label=model["name"])
+            ax.errorbar(
+                xs, [v["estimate"] for v in values], [v["stderr"] for v in values], fmt="none", color="black", capsize=2
+            )
+        ax.set_xticks(range(len(layers)), [_place(c) for c in models[0]["collapse"]], fontsize=8)
+        ax.set_title(TITLES[name], fontsize=9)
+    axes[0].legend(fontsize=8)
+    path = save(fig, folder / "collapse.png")
+    detector = result["config"]["task"] != "classify"
+    whose = (
+        "anchor points that the training's own assigner gives to an object, by detection scale (1 is the finest)"
+        if detector
+        else "images, before the final layer"
+    )
+    text = [
+        f"Neural collapse of the features of {whose}, over {result['images']['features']} training images. Each "
+        "measure is 0 in the collapsed state: features at their class mean (NC1), means of one length and at the "
+        "angles of a simplex (NC2), classifier rows along the means (NC3), decisions as by the nearest mean (NC4). "
+        "Standard errors: jackknife over blocks of images; binomial for NC4."
+    ]
+    if detector:
+        text.append(
+            "A detector's background is no class, and its classes are scored one by one: NC2 and NC3 need not reach 0."
+        )
+    if any(c["classes"] == 2 for m in models for c in m["collapse"]):
+        text.append(
+            "Where features of two classes were found, NC2 is 0 by definition: two means lie opposite each other."
+        )
+    rows = []
+    for i in range(len(layers)):
+        place = _place(models[0]["collapse"][i])
+        for name in NAMES:
+            rows.append([f"{TITLES[name]}, {place}", *(number(m["collapse"][i][name]) for m in models)])
+        counts = [f"{c['features']}, {c['classes']}" for c in (m["collapse"][i] for m in models)]
+        rows.append([f"features and classes, {place}", *counts])
+    return Section("Neural collapse", text, path, ["", *(m["name"] for m in models)], rows)
+
+
+def _place(collapse: dict[str, Any]) -> str:
+    branch = " 1:1" if "one2one" in collapse["layer"] else ""
+    return f"scale {collapse['scale'] + 1}{branch}"
+
+
+# Spectrum -------------------------------------------------------------------------------------------------------------
+@plt_settings()
+def spectrum_figure(model: dict[str, Any], folder: Path, index: int = 0) -> Section:
+    """Draw the spectrum of each final layer's inputs against the weights, with what each setting would do."""
+    import matplotlib.pyplot as plt
+
+    layers = model["spectrum"]
+    columns = min(3, len(layers))
+    lines = math.ceil(len(layers) / columns)
+    fig, axes = plt.subplots(lines, columns, figsize=(4.9 * columns, 3.9 * lines), squeeze=False, layout="constrained")
+    for ax, layer in zip(axes.flat, layers, strict=False):
+        ranks = range(1, layer["d"] + 1)
+        floor = 1e-9  # of the drawing: below it is rounding
+        for key, style in (("weighted", "-"), ("unweighted", "--")):
+            energy, left = 1.0, []
+            for sigma in layer[key]["singular_values"]:
+                energy -= sigma**2
+                left.append(max(energy, floor))
+            ax.plot(ranks, left, style, color="C0", linewidth=1.3, label=f"input energy left out ({key})")
+        ax.plot(ranks, [max(x, floor) for x in layer["weighted"]["outside"]], color="C3", label="‖V‖² left out")
+        for j, s in enumerate(layer["settings"]):
+            if s["setting"] == "sos_rank":
+                ax.axvline(s["rank"], color="0.6", linewidth=0.7, linestyle=":")
+                note = f"rank {s['value']:g}\n‖V‖² ×{s['norm_ratio']:.2f}\noutputs {s['deviation']:.1%}"
+                ax.annotate(note, (s["rank"], (1e-7, 2e-6)[j % 2]), fontsize=6, ha="left", color="0.25")
+            else:
+                ax.plot(s["rank"], max(1 - s["norm_ratio"], floor), "D", color="C2", markersize=4)
+                ax.annotate(
+                    f"ε={s['value']:g}",
+                    (s["rank"], max(1 - s["norm_ratio"], floor)),
+                    fontsize=6,
+                    color="C2",
+                    xytext=(3, 3),
+                    textcoords="offset points",
+                )
+        ax.set_yscale("log")
+        ax.set_ylim(3e-8, 3)
+        ax.set_title(f"{layer['kind']} {layer['scale'] + 1}, d={layer['d']}, ‖V‖={layer['norm']:.2f}", fontsize=9)
+        ax.set_xlabel("rank kept")
+    axes.flat[0].plot([], [], "D", color="C2", markersize=4, label="‖V‖² removed by sos_budget=ε")
+    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    for ax in list(axes.flat)[len(layers) :]:
+        ax.set_axis_off()
+    path = save(fig, folder / f"spectrum-{index + 1}.png")
+    text = [
+        "What a shift can remove. Blue: the share of the inputs' energy beyond a rank. Red: the share of ‖V‖² there. "
+        "Where red lies far above blue, weights stand in directions that the inputs hardly use. Dotted lines: what "
+        "sos_rank (method principal) would keep, ‖V*‖²/‖V‖² and the relative change of the layer's outputs; green: "
+        "what sos_budget would remove, at its effective rank.",
+        _choice(layers),
+    ]
+    rows = []
+    for layer in layers:
+        name = f"{layer['kind']} {layer['scale'] + 1}"
+        level = next(s for s in layer["weighted"]["levels"] if s["energy"] == 0.999)
+        cells = [
+            f"{layer['d']}",
+            f"{layer['weighted']['effective_rank']:.1f}",
+            f"{layer['unweighted']['effective_rank']:.1f}",
+            f"{level['rank']:g}",
+            f"{level['outside']:.1%}",
+        ]
+        cells += [f"×{s['norm_ratio']:.2f}, {s['deviation']:.2%}" for s in layer["settings"]]
+        rows.append([name, *cells])
+    header = ["layer", "d", "effective rank", "unweighted", "rank for 99.9 %", "‖V‖² outside it"]
+    header += [f"{s['setting'].removeprefix('sos_')} {s['value']:g}" for s in layers[0]["settings"]]
+    return Section(f"Spectrum of the final layers' inputs: {model['name']}", text, path, header, rows)
+
+
+def _choice(layers: Sequence[dict[str, Any]]) -> str:
+    """Return what the settings would do to all layers together."""
+    norms = [layer["norm"] ** 2 for layer in layers]
+    parts = []
+    for i, s in enumerate(layers[0]["settings"]):
+        of = [layer["settings"][i] for layer in layers]
+        ratio = sum(n * o["norm_ratio"] for n, o in zip(norms, of, strict=True)) / (sum(norms) or 1.0)
+        worst = max(o["deviation"] for o in of)
+        parts.append(f"{s['setting']}={s['value']:g} removes {1 - ratio:.0%} (outputs change by up to {worst:.1%})")
+    return "Of ‖V‖² over all layers, " + "; ".join(parts) + "."
+
+
+# Landscape ------------------------------------------------------------------------------------------------------------
+@plt_settings()
+def landscape_figure(result: dict[str, Any], folder: Path) -> Section:
+    """Draw the slices of the loss around each model, on one scale, and the way to its shifted self."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    models = result["models"]
+    fig, axes = plt.subplots(1, 2 + len(models), figsize=(4 * (2 + len(models)), 3.8), layout="constrained")
+    planes = [np.log10(np.array(m["landscape"]["plane"]["loss"])) for m in models]
+    finite = np.concatenate([p[np.isfinite(p)] for p in planes])
+    levels = np.linspace(finite.min(), finite.max() + 1e-9, 13)
+    for i, (model, plane) in enumerate(zip(models, planes, strict=True)):
+        line, way = model["landscape"]["line"], model["interpolation"]
+        axes[0].plot(line["x"], line["loss"], color=f"C{i}", label=model["name"])
+        axes[1].plot(way["t"], way["loss"], "o-", color=f"C{i}", markersize=3, label=model["name"])
+        ax = axes[2 + i]
+        contours = ax.contourf(*(model["landscape"]["plane"][k] for k in "xy"), plane, levels=levels, cmap="viridis")
+        ax.plot(0, 0, "+", color="white", markersize=10)
+        ax.set_title(f"log10 loss, {model['name']}", fontsize=10)
+        fig.colorbar(contours, ax=ax, format="%.2f")
+    axes[0].set_title("loss along a random direction", fontsize=10)
+    axes[0].set_xlabel("step, relative to each filter's norm")
+    for t in (0, 1):
+        axes[1].axvline(t, color="0.6", linewidth=0.7, linestyle=":")
+    axes[1].set_title("loss from the model (t=0) to its shift (t=1)", fontsize=10)
+    axes[1].set_xlabel("t of V + t(V* − V)")
+    axes[0].legend(fontsize=8)
+    path = save(fig, folder / "landscape.png")
+    text = [
+        "Filter-normalised slices of the loss: the same random directions, scaled to each model's own filters, on one "
+        f"scale, over {result['images']['curvature']} training images. A wider valley is a flatter minimum in these "
+        "two directions out of many: a picture, no measurement."
+    ]
+    for model in models:
+        way = model["interpolation"]
+        at = {t: (loss, ratio) for t, loss, ratio in zip(way["t"], way["loss"], way["norm_ratio"], strict=True)}
+        (start, _), (end, ratio) = at[0.0], at[1.0]
+        best = min(zip(way["loss"], way["t"], strict=True))
+        text.append(
+            f"{model['name']}: a full shift (principal, half of d) takes ‖V‖² to ×{ratio:.2f} and the loss from "
+            f"{start:.4g} to {end:.4g} ({end / start - 1:+.2%}); along the way it is least at t={best[1]:g}."
+        )
+    return Section("Loss landscape", text, path)

@@ -1,0 +1,131 @@
+# yolo-sos, AGPL-3.0
+"""Slices of the loss around a model, and between a model and its shifted self.
+
+Directions are Gaussian and filter-normalised (Li et al., *Visualizing the loss landscape of neural nets*, NeurIPS
+2018): each row of a weight (a filter, a neuron) of the direction gets the norm of the model's; biases and BatchNorm,
+whose effect does not scale with their norm, stay as they are. Models of the same shapes get the same draw, and all are
+shown over the same range of the coefficient, which is relative to their own filters: 0.1 moves every filter by a tenth
+of its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from yolo_sos.analyze.hessian import Subject
+from yolo_sos.core import InputCapture
+from yolo_sos.core.layers import weight_matrix
+from yolo_sos.core.shift import HeldOut, evaluation
+
+
+def direction(subject: Subject, seed: int) -> dict[str, Tensor]:
+    """Return a filter-normalised direction, parameter name → tensor; parameters of one dimension have none."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, parameter in subject.model.named_parameters():
+        drawn = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
+        if parameter.ndim < 2:
+            continue  # drawn all the same: the next parameter's numbers do not depend on what this one is
+        rows, own = drawn.flatten(1), parameter.detach().flatten(1)
+        scale = own.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        found[name] = (rows * scale).view_as(parameter)
+    return found
+
+
+def loss_at(subject: Subject, batches: Sequence[Any], moved: dict[str, Tensor]) -> float:
+    """Return the mean loss per image with other parameters; the model itself is not written to.
+
+    Args:
+        subject (Subject): The model.
+        batches (Sequence[Any]): Batches of its task.
+        moved (dict[str, Tensor]): Parameter name → value; others keep theirs.
+    """
+    task, total, images = subject.task, 0.0, 0
+
+    def model(*args: Any) -> Any:
+        return torch.func.functional_call(subject.model, moved, args)
+
+    with evaluation(subject.model):
+        for batch in batches:
+            size = task.size(batch)
+            total += size * float(task.loss(task.forward(model, batch), batch))  # type: ignore[arg-type]
+            images += size
+    return total / images
+
+
+def slices(
+    subject: Subject,
+    batches: Sequence[Any],
+    *,
+    radius: float,
+    line: int,
+    plane: int,
+    seed: int = 0,
+    progress: Callable[[int], Any] = lambda n: None,
+) -> dict[str, Any]:
+    """Return the loss along one direction and in the plane of two.
+
+    Args:
+        subject (Subject): The model.
+        batches (Sequence[Any]): Batches of its task.
+        radius (float): Largest coefficient.
+        line (int): Points along the first direction, odd: the middle one is the model.
+        plane (int): Points along each side of the plane, odd; 0: no plane.
+        seed (int): Of the directions.
+        progress (Callable): Is told after each point.
+
+    Returns:
+        (dict): ``line``: ``x`` and ``loss``; ``plane``: ``x``, ``y`` and ``loss`` (rows along y).
+    """
+    first, second = direction(subject, seed), direction(subject, seed + 1)
+    own = dict(subject.model.named_parameters())
+
+    def at(x: float, y: float) -> float:
+        moved = {k: own[k].detach() + x * first[k] + y * second[k] for k in first}
+        loss = loss_at(subject, batches, moved)
+        progress(1)
+        return loss
+
+    xs, sides = _grid(radius, line), _grid(radius, plane)
+    return {
+        "line": {"x": xs, "loss": [at(x, 0.0) for x in xs]},
+        "plane": {"x": sides, "y": sides, "loss": [[at(x, y) for x in sides] for y in sides]},
+    }
+
+
+def interpolation(
+    subject: Subject, batches: Sequence[Any], shifted: dict[str, Tensor], steps: Sequence[float]
+) -> dict[str, list[float]]:
+    """Return loss and norm ratio along ``V + t(V* − V)``; only the final layers are evaluated again.
+
+    Args:
+        subject (Subject): The model.
+        batches (Sequence[Any]): Batches of its task.
+        shifted (dict[str, Tensor]): Layer name → V* ``(out, d)``.
+        steps (Sequence[float]): Values of t; 0 is the model, 1 its shifted self.
+
+    Returns:
+        (dict): ``t``, ``loss`` and ``norm_ratio``, ``‖V_t‖²/‖V‖²`` over all layers.
+    """
+    kept = HeldOut(subject.task, subject.layers)
+    with evaluation(subject.model), InputCapture(subject.layers) as capture:
+        for batch in batches:
+            output = subject.task.forward(subject.model, batch)
+            kept.add(batch, output, capture.take())
+        found: dict[str, list[float]] = {"t": list(steps), "loss": [], "norm_ratio": []}
+        own = {layer.name: weight_matrix(layer.module) for layer in subject.layers}
+        size = sum(float(v.square().sum()) for v in own.values())
+        for t in steps:
+            moved = {k: v + t * (shifted[k].to(v) - v) for k, v in own.items()}
+            found["loss"].append(kept.loss(moved))
+            found["norm_ratio"].append(sum(float(v.square().sum()) for v in moved.values()) / (size or 1.0))
+    return found
+
+
+def _grid(radius: float, points: int) -> list[float]:
+    half = points // 2
+    return [radius * (i - half) / half for i in range(2 * half + 1)] if half else []
