@@ -127,7 +127,8 @@ class Curves:
         text = [
             "What the runs measured of their averaged weights while they trained, on the same few training images at "
             "every epoch, without augmentation: traces per image with their standard errors over probes, and neural "
-            "collapse, the mean over detection scales. Runs with one seed and data set see the same images and probes."
+            "collapse, the mean over detection scales. Runs with one seed and data set see the same images and probes; "
+            "what another seed would have changed is not in the standard errors."
         ]
         for name, curve in self.curves.items():
             first, last = curve[0], curve[-1]

@@ -86,7 +86,8 @@ def trace_figure(result: dict[str, Any], folder: Path) -> Section:
         f"{models[0]['trace'][blocks[0]]['hessian']['samples']} probes on {result['images']['curvature']} training "
         "images without augmentation. The gap between the two is the part that comes from the curvature of the network "
         "itself. All models saw the same probes and images, so that the differences, on the right, are known better "
-        "than the traces."
+        "than the traces. The standard errors are those of the probes alone: between two trainings comes what another "
+        "seed would have changed."
     ]
     text += [sentence(change, block, key) for change in changes for block in blocks for key in WHAT if key != "gap"]
     if any(_negative(m["trace"][b]["hessian"]) for m in models for b in blocks):
