@@ -188,8 +188,15 @@ def summarize(records: dict[str, list[dict[str, Any]]], interval: int) -> tuple[
         }
         told_shifts = told([1e3 * s for s in shifts]) if shifts else "–"
         rows.append(
-            [arm, told(seconds[arm][1:]), f"{total:.3f}", told(ratios), f"{direct:.4f}" if direct else "–"]
-            + [told_shifts, f"{max(peaks):.0f}"]
+            [
+                arm,
+                told(seconds[arm][1:]),
+                f"{total:.3f}",
+                told(ratios),
+                f"{direct:.4f}" if direct else "–",
+                told_shifts,
+                f"{max(peaks):.0f}",
+            ]
         )
     head = ["arm", "epoch, s", "× stock", "× stock by epoch", "× by shift time", "one shift, ms", "peak MB"]
     parts, memory = breakdown(records["sos-every"] if "sos-every" in records else records["sos"])
@@ -249,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = SOSConfig.from_dict({"sos": True})
     records = turns(args.arms, options)
     text, data = summarize(records, config.sos_interval)
-    shown = {k: v for k, v in options.items() if k != "data"}
+    shown = {k: v for k, v in options.items() if k != "data"} | {"model": Path(args.model).name}
     told_settings = ", ".join(f"{k}={v}" for k, v in shown.items())
     told_sos = ", ".join(f"{k}={v}" for k, v in config.to_dict().items() if k.startswith("sos_") and v is not None)
     save(

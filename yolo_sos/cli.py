@@ -38,6 +38,8 @@ ANALYZE_KEYS = (
     *("model", "data", "runs", "scope", "probes", "stderr", "images", "landscape", "weighting", "imgsz", "batch"),
     *("fraction", "device", "seed", "project", "name", "exist_ok"),
 )
+# What a wrong argument, or a file that an argument names, can raise in the host and here
+BAD_INPUT = (ValueError, TypeError, SyntaxError, AssertionError, OSError, OverflowError, RecursionError)
 HELP = """
     yolo-sos: Ultralytics YOLO with stochastic optimum shifting (SOS).
 
@@ -117,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         check_keys(args)
         words, overrides = parse(args)
         run = plan(words, overrides)
-    except (ValueError, TypeError, SyntaxError, AssertionError, OSError) as e:
+    except BAD_INPUT as e:
         fail(e)
     run()
 
@@ -176,7 +178,11 @@ def parse(args: list[str]) -> tuple[list[str], dict[str, Any]]:
 
     words: list[str] = []
     overrides: dict[str, Any] = {}
-    for arg in merge_equals_args(args):
+    try:
+        merged = merge_equals_args(args)
+    except IndexError:
+        raise ValueError("there is no key before '='. Arguments are written key=value.") from None
+    for arg in merged:
         arg = arg.lstrip("-").rstrip(",")
         if "=" not in arg:
             words.append(arg)
@@ -281,7 +287,7 @@ def plan_training(
         arguments["data"] = TASK2DATA[model.task]
         LOGGER.warning(f"'data' argument is missing. Using default 'data={arguments['data']}'.")
     arguments["model"] = model_name
-    return lambda: model.train(trainer=TRAINERS[model.task], **arguments, **settings)
+    return lambda: run_training(model, {"trainer": TRAINERS[model.task], **arguments, **settings})
 
 
 def plan_shift(words: list[str], options: dict[str, Any]) -> Callable[[], Any]:
@@ -320,6 +326,18 @@ def plan_analyze(words: list[str], options: dict[str, Any]) -> Callable[[], Any]
     if not options.get("model"):
         raise ValueError("analyze needs checkpoints, model=best.pt,best-sos.pt, or runs=runs/detect/a,runs/detect/b")
     return Comparison(**options).run
+
+
+def run_training(model: Any, arguments: dict[str, Any]) -> None:
+    """Train; what goes wrong before the first epoch lies in arguments or data, and is told without a traceback."""
+    started: list[bool] = []
+    model.add_callback("on_train_start", lambda _: started.append(True))
+    try:
+        model.train(**arguments)
+    except (*BAD_INPUT, RuntimeError) as e:  # the host's for a data set that it cannot read
+        if started:
+            raise
+        fail(e)
 
 
 def run_shift(job: Any) -> None:

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from reprlib import Repr
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -124,7 +125,7 @@ class SOSConfig:
         keys = cls.keys()
         for key in settings:
             if key not in keys:
-                near = get_close_matches(key, keys, n=1, cutoff=0.0)[0]
+                near = get_close_matches(str(key), keys, n=1, cutoff=0.0)[0]
                 raise ValueError(f"'{key}' is not a setting of SOS. Did you mean '{near}'? See 'yolo-sos cfg'.")
         defaults = yaml.safe_load(SOS_YAML.read_text(encoding="utf-8"))
         return cls(**{key: _CHECKS[key](key, settings.get(key, defaults[key])) for key in keys})
@@ -144,8 +145,16 @@ class SOSConfig:
         return KINDS if isinstance(self.sos_layers, str) else tuple(self.sos_layers)
 
 
+_REPR = Repr()
+_REPR.maxlevel = 2  # a YAML file can hold a list that is endless when it is written out
+
+
+def _shown(value: Any) -> str:
+    return str(value) if value is None or isinstance(value, (str, int, float)) else _REPR.repr(value)
+
+
 def _error(key: str, value: Any, right: str) -> ValueError:
-    return ValueError(f"'{key}={value}' is invalid: {key} must be {right}.")
+    return ValueError(f"'{key}={_shown(value)}' is invalid: {key} must be {right}.")
 
 
 def _bool(key: str, value: Any) -> bool:
@@ -157,8 +166,8 @@ def _bool(key: str, value: Any) -> bool:
 def _choice(*choices: str):
     def check(key: str, value: Any) -> str:
         if value not in choices:
-            near = get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
-            raise ValueError(f"'{key}={value}' is invalid: {key} must be one of {', '.join(choices)}; nearest: {near}.")
+            near = get_close_matches(_shown(value), choices, n=1, cutoff=0.0)[0]
+            raise _error(key, value, f"one of {', '.join(choices)}; nearest: {near}")
         return value
 
     return check
@@ -169,7 +178,7 @@ def _real(right: str, accept, integer: bool = False):
 
     def check(key: str, value: Any):
         number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not accept(value):
+        if not number or not abs(value) <= sys.float_info.max or not accept(value):  # NaN is not, either
             raise _error(key, value, right)
         return value if integer else float(value)
 
@@ -188,7 +197,7 @@ def _rank(key: str, value: Any) -> int | float:
 def _layers(key: str, value: Any) -> str | list[str]:
     # The host's grammar leaves [box,cls] a text, since its items have no quotes.
     given = value.removeprefix("[").removesuffix("]").split(",") if isinstance(value, str) else value
-    kinds = [str(kind).strip() for kind in given] if isinstance(given, (list, tuple)) else []
+    kinds = [_shown(kind).strip() for kind in given] if isinstance(given, (list, tuple)) else []
     if kinds == ["all"]:
         return "all"
     wrong = [kind for kind in kinds if kind not in KINDS]
@@ -199,7 +208,7 @@ def _layers(key: str, value: Any) -> str | list[str]:
 
 def _optional(check):
     """Return a check that also takes None: YAML knows 'null', users write 'none'."""
-    return lambda key, value: None if value is None or str(value).lower() == "none" else check(key, value)
+    return lambda key, value: None if _shown(value).lower() == "none" else check(key, value)
 
 
 def _steps(key: str, value: Any) -> list[float]:

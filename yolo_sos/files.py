@@ -97,6 +97,8 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}, line {e.lineno}, column {e.colno}: not JSON: {e.msg}") from e
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: not a text file in UTF-8: {e.reason} at byte {e.start}") from e
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, brackets in thousands of brackets
+        raise ValueError(f"{path}: not JSON that can be read: {e}") from e
 
 
 def link(source: Path, target: Path, *, copy: bool = False) -> None:

@@ -92,6 +92,26 @@ def test_balanced_moment_is_the_formula_however_the_rows_arrive(n, d, classes, s
         assert moment.gram.mass == int((p.sum(0) > 0).sum()) + (kind == "cls")
 
 
+@pytest.mark.parametrize("held", [0, 250, 1 << 25])  # folded at once, half way, and never
+def test_what_is_kept_and_what_is_folded_is_one_moment(held, monkeypatch):
+    a, w = torch.randn(20, 3, generator=generator()), torch.rand(20, 2, generator=generator(1))
+    monkeypatch.setattr(weighting_module, "HELD", held)
+    moment = GroupedGram(3)
+    for ai, wi in zip(a.split(5), w.split(5), strict=True):
+        moment.update(ai, wi)
+        assert moment._bytes <= max(held, 2 * 3 * 3 * 8)
+    expected = sum((w[:, [g]].double() * a.double()).T @ a.double() / w[:, g].double().sum() for g in range(2))
+    assert bool(moment.groups) == (held < 1000)
+    for _ in range(2):  # asking changes nothing
+        assert torch.allclose(moment.gram.matrix, expected, rtol=1e-12, atol=0)
+    assert (moment.rows, moment.gram.rows, moment.gram.mass) == (20, 20, 2.0)
+
+
+def test_rows_and_weights_must_fit():
+    with pytest.raises(ValueError, match=r"features has shape \(4, 2\); expected \(4, 3\)"):
+        GroupedGram(3).update(torch.ones(4, 2), torch.ones(4, 1))
+
+
 def test_a_class_counts_the_same_however_many_rows_it_has():
     a, labels = torch.randn(6, 4, generator=generator(), dtype=torch.float64), torch.tensor([0, 0, 1, 1, 2, 2])
     one_hot = torch.nn.functional.one_hot(labels, 3).double()
@@ -124,7 +144,7 @@ def test_groups_without_mass_add_nothing():
 def test_the_number_of_groups_cannot_change():
     moment = GroupedGram(3)
     moment.update(torch.ones(2, 3), torch.ones(2, 2))
-    with pytest.raises(ValueError, match="argument 2 is longer"):
+    with pytest.raises(ValueError, match="4 groups; there were 2"):
         moment.update(torch.ones(2, 3), torch.ones(2, 4))
 
 
@@ -140,6 +160,7 @@ def test_rows_are_weighted_a_chunk_at_a_time(monkeypatch):
         return convert(x)
 
     monkeypatch.setattr(weighting_module, "CHUNK", 6)
+    monkeypatch.setattr(weighting_module, "HELD", 0)
     monkeypatch.setattr(weighting_module, "as_float64", spy)
     chunked = GroupedGram(3)
     chunked.update(a, w)

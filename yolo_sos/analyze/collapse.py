@@ -36,7 +36,7 @@ from ultralytics.utils.tal import TaskAlignedAssigner
 
 from yolo_sos.analyze.estimate import Estimate
 from yolo_sos.core import FinalLayer, Gram, RowSample, Task, input_rows, weight_matrix
-from yolo_sos.core.solver import as_float64
+from yolo_sos.core.gram import as_float64
 
 BLOCKS = 8  # of images, for the jackknife
 DECISIONS = 2048  # features kept for NC4: a standard error of at most 1.1 percentage points

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from yolo_sos.core import FinalLayer, Gram, GroupedGram, Method, Task, input_rows, row_weights, weight_matrix
+from yolo_sos.core.gram import as_float64
 from yolo_sos.core.layers import output_rows
-from yolo_sos.core.solver import OK, as_float64
+from yolo_sos.core.solver import OK
 
 LEVELS = (0.9, 0.99, 0.999, 0.9999)  # of the inputs' energy Σλ
 RANKS = (0.125, 0.25, 0.5, 0.75)  # sos_rank, fractions of d

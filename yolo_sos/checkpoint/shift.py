@@ -15,8 +15,8 @@ from yolo_sos.checkpoint.job import PREFIX, CheckpointJob
 from yolo_sos.checkpoint.report import CheckpointLayer, CheckpointReport
 from yolo_sos.checkpoint.workbench import Candidate
 from yolo_sos.config import SHIFT_SETTINGS
+from yolo_sos.core.gram import as_float64
 from yolo_sos.core.shift import Collector
-from yolo_sos.core.solver import as_float64
 from yolo_sos.files import atomic_path, write_text
 
 

@@ -15,9 +15,10 @@ from yolo_sos.checkpoint.file import Checkpoint
 from yolo_sos.checkpoint.images import Images
 from yolo_sos.checkpoint.score import score
 from yolo_sos.core import FinalLayer, Gram, InputCapture, Method, ShiftResult
+from yolo_sos.core.gram import as_float64
 from yolo_sos.core.layers import input_rows, weight_matrix
 from yolo_sos.core.shift import Collector, HeldOut, Stopwatch, evaluation, guarded_step, stepped
-from yolo_sos.core.solver import OK, as_float64
+from yolo_sos.core.solver import OK
 from yolo_sos.heads import HostTask, final_layers, select_layers
 
 

@@ -6,9 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from yolo_sos.core.solver import as_float64
-
 CHUNK = 1 << 15  # rows turned into float64 at once: 80 MB at d = 320, whatever the number of rows
+
+
+def as_float64(x: Tensor) -> Tensor:
+    """Return ``x`` in float64, on the CPU where its device has none (MPS)."""
+    return (x.cpu() if x.device.type == "mps" else x).detach().double()
 
 
 class Gram:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from yolo_sos.core.capture import InputCapture
+from yolo_sos.core.gram import as_float64
 from yolo_sos.core.layers import FinalLayer, input_rows, output_rows, weight_matrix, write_weight
 from yolo_sos.core.solver import (
     OK,
     SOLVERS,
     ShiftResult,
-    as_float64,
     budgeted_shift,
     expected_shift,
     minimum_norm_shift,

@@ -15,13 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from yolo_sos.core.gram import Gram
+from yolo_sos.core.gram import Gram, as_float64
 
 OK, NON_FINITE, RANK_ZERO = "ok", "non-finite", "rank-zero"  # ShiftResult.status
 
@@ -50,11 +48,6 @@ class ShiftResult:
     status: str = OK
 
 
-def as_float64(x: Tensor) -> Tensor:
-    """Return ``x`` in float64, on the CPU where its device has none (MPS)."""
-    return (x.cpu() if x.device.type == "mps" else x).detach().double()
-
-
 def unchanged(weight: Tensor, status: str) -> ShiftResult:
     """Return a result that says why ``weight`` stays as it is."""
     norm = float(as_float64(weight).norm())
@@ -73,8 +66,8 @@ def minimum_norm_shift(
         rtol (float, optional): Singular values (``gauss``: pivots) of A, each row scaled to a largest entry of 1, up to
             ``rtol`` times the largest count as zero. None: ``max(n, d) · eps`` of the dtype of ``features``, taken as
             float32 for the half precisions, whose own eps would throw away directions that carry signal.
-        method (str): ``svd``: singular value decomposition of A. ``qr``: QR of the taller of A and Aᵀ, then the SVD
-            of the small triangular factor, which alone decides on the rank. ``gauss``: Algorithm 1 of the paper.
+        method (str): ``svd``: singular value decomposition of A. ``qr``: QR of the taller of A and Aᵀ; where its small
+            triangular factor is not surely of full rank, the SVD of that decides. ``gauss``: Algorithm 1 of the paper.
 
     Returns:
         (ShiftResult): ``rank`` is the numerical rank of A.
@@ -128,12 +121,24 @@ def _svd(a: Tensor, v: Tensor, rtol: float) -> tuple[Tensor, int]:
 def _qr(a: Tensor, v: Tensor, rtol: float) -> tuple[Tensor, int]:
     n, d = a.shape
     if n >= d:
-        return _svd(torch.linalg.qr(a, mode="r").R, v, rtol)  # A = QR: A and R (d, d) have the same row space
+        r = torch.linalg.qr(a, mode="r").R  # A = QR: A and R (d, d) have the same row space
+        return (v.clone(), d) if _has_full_rank(r, rtol) else _svd(r, v, rtol)
     q, r = torch.linalg.qr(a.T)  # Aᵀ = QR with Q (d, n), R (n, n)
+    if _has_full_rank(r, rtol):
+        return v @ q @ q.T, n
     u, s, _ = torch.linalg.svd(r)
     rank = int((s > rtol * s[0]).sum())
     basis = q @ u[:, :rank]  # (d, rank)
     return v @ basis @ basis.T, rank
+
+
+def _has_full_rank(r: Tensor, rtol: float) -> bool:
+    """Tell whether all singular values of a triangular R surely count; False says nothing.
+
+    The diagonal alone does not tell, but ``σ_max ≤ ‖R‖_F`` and ``σ_min ≥ 1 / ‖R⁻¹‖_F`` do, at a fraction of an SVD.
+    """
+    inverse = torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True)
+    return rtol * float(r.norm()) * float(inverse.norm()) < 1.0  # NaN, from a zero on the diagonal, is not
 
 
 def _gauss(a: Tensor, v: Tensor, rtol: float) -> tuple[Tensor, int]:

@@ -19,8 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from yolo_sos.core.gram import CHUNK, Gram
-from yolo_sos.core.solver import as_float64
+from yolo_sos.core.gram import CHUNK, Gram, as_float64
 
 WEIGHTINGS = ("balanced", "confidence", "uniform")
 
@@ -51,39 +50,83 @@ def row_weights(weighting: str, kind: str, probabilities: Tensor) -> Tensor:
     raise ValueError(f"weighting='{weighting}' is unknown. Choose one of {', '.join(WEIGHTINGS)}.")
 
 
+HELD = 1 << 25  # bytes of rows and weights that a GroupedGram keeps before it folds them: little beside a training step
+
+
 class GroupedGram:
-    """Second moment in which every group of rows counts the same: one ``Gram`` per group, streaming.
+    """Second moment in which every group of rows counts the same, streaming.
+
+    What a row weighs depends on the masses of its groups, which the last row completes. So rows are kept, as they are
+    and not copied, until ``gram`` is asked for: then each has one weight, and one product does for all groups. Once
+    they take more than ``HELD`` bytes, and more than a ``Gram`` per group would, they are folded into those: memory
+    does not grow with the number of rows.
 
     Args:
         d (int): Length of a row.
+
+    Attributes:
+        rows (int): Rows seen.
+        groups (list[Gram]): One per group once rows have been folded.
     """
 
     def __init__(self, d: int):
         """Start at zero; the number of groups comes with the first rows."""
         self.d = d
+        self.rows = 0
         self.groups: list[Gram] = []
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._bytes = 0
+        self._count: int | None = None  # of groups
 
     def update(self, features: Tensor, weights: Tensor) -> None:
-        """Add rows ``features`` ``(n, d)`` with ``weights`` ``(n, groups)``."""
-        self.groups = self.groups or [Gram(self.d) for _ in range(weights.shape[1])]
-        for i in range(0, len(features), CHUNK):
-            chunk = as_float64(features[i : i + CHUNK])  # once, not once per group
-            for gram, w in zip(self.groups, weights[i : i + CHUNK].T, strict=True):
-                gram.update(chunk, w)
+        """Add rows ``features`` ``(n, d)`` with ``weights`` ``(n, groups)``; do not write into either afterwards.
+
+        Raises:
+            ValueError: If shapes do not fit, or the number of groups changes.
+        """
+        n, count = weights.shape
+        if features.shape != (n, self.d):
+            raise ValueError(f"features has shape {tuple(features.shape)}; expected ({n}, {self.d}).")
+        if count != (self._count or count):
+            raise ValueError(f"weights has {count} groups; there were {self._count} before.")
+        self._count = count
+        self.rows += n
+        self._kept.append((features, weights))
+        self._bytes += sum(x.numel() * x.element_size() for x in (features, weights))
+        if self._bytes > max(HELD, 8 * count * self.d**2):
+            self._fold()
+
+    def _fold(self) -> None:
+        """Add the rows kept to the groups' own moments, and let them go."""
+        self.groups = self.groups or [Gram(self.d) for _ in range(self._count or 0)]
+        for features, weights in self._kept:
+            for i in range(0, len(features), CHUNK):
+                chunk = as_float64(features[i : i + CHUNK])  # once, not once per group
+                for gram, w in zip(self.groups, weights[i : i + CHUNK].T, strict=True):
+                    gram.update(chunk, w)
+        self._kept, self._bytes = [], 0
 
     @property
     def gram(self) -> Gram:
         """The sum of the groups' mean second moments; groups without mass add nothing."""
         total = Gram(self.d)
-        for group in self.groups:
-            total = total + group.mean()
+        if self.groups:
+            self._fold()
+            for group in self.groups:
+                total = total + group.mean()
+        elif self.rows:
+            chunks = [
+                (features[i : i + CHUNK], weights[i : i + CHUNK])
+                for features, weights in self._kept
+                for i in range(0, len(features), CHUNK)
+            ]
+            mass = torch.stack([as_float64(w).sum(0) for _, w in chunks]).sum(0)
+            share = torch.where(mass > 0, 1 / mass, 0.0)
+            for features, w in chunks:
+                total.update(features, as_float64(w) @ share)
+            total.mass = float((mass > 0).sum())
         total.rows = self.rows
         return total
-
-    @property
-    def rows(self) -> int:
-        """Rows seen."""
-        return self.groups[0].rows if self.groups else 0
 
 
 class RowSample:

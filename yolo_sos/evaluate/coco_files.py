@@ -42,6 +42,8 @@ def read_coco_truth(path: str | Path) -> GroundTruth:
         ("category id", [e["id"] for e in categories]),
         ("category name", [e["name"] for e in categories]),
     ):
+        if not names:
+            raise ValueError(f"{path}: there is no {what}")
         if (twice := first_duplicate(map(str, names))) is not None:
             raise ValueError(f"{path}: {what} '{twice}' comes twice")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed as dist
 from torch import nn
+from ultralytics import __version__ as host_version
 from ultralytics.cfg import cfg2dict
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML, colorstr
@@ -23,7 +24,7 @@ from yolo_sos import __version__
 from yolo_sos.analyze import curves, watch
 from yolo_sos.config import CHECKPOINT_KEY, SOSConfig, is_sos_key, resolve_data, resolve_model
 from yolo_sos.core import FinalLayer, ShiftReport, shift_layers
-from yolo_sos.files import atomic_path
+from yolo_sos.files import atomic_path, write_text
 from yolo_sos.heads import HostTask, final_layers, select_layers
 from yolo_sos.train.record import ShiftLog, columns, log_line
 from yolo_sos.train.sampling import IMAGES, PER_CLASS, ShiftSample, Source, plain_view, preserve_rng, split_sizes
@@ -33,6 +34,13 @@ from yolo_sos.train.schedule import is_due, step_factor
 # workers of a distributed run, and args refuse keys that are not the host's.
 CARRIER = "sos_settings"
 PREFIX = colorstr("SOS: ")
+TESTED_HOSTS = ("8.4.190",)  # the releases of Ultralytics that the suite has passed with
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether Python, a GPU (the first text) or the CPU's allocator (the others) had no memory left."""
+    texts = "out of memory", "can't allocate memory", "not enough memory"
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
 if TYPE_CHECKING:
@@ -89,6 +97,11 @@ class SOSMixin(BaseTrainer):
                 with atomic_path(self.save_dir / "sos.yaml") as temporary:
                     YAML.save(temporary, settings)
                 LOGGER.info(PREFIX + ", ".join(f"{k}={v}" for k, v in settings.items()))
+                if host_version not in TESTED_HOSTS:
+                    LOGGER.warning(
+                        f"Ultralytics {host_version} is untested: yolo-sos {__version__} has been tested with "
+                        f"{', '.join(TESTED_HOSTS)}."
+                    )
 
     def check_resume(self, overrides: dict[str, Any]) -> None:
         """Take the settings from the checkpoint that a run resumes from, as the host does with its own."""
@@ -117,12 +130,16 @@ class SOSMixin(BaseTrainer):
         if self.sos.sos:
             if self.args.distill_model is not None:
                 raise ValueError("sos=true does not work together with distill_model. Leave out one of them.")
+            if self.args.quantize == 8:  # its layers compute with rounded copies of the weights that are written
+                raise ValueError("sos=true does not work together with quantize=8. Leave out one of them.")
             select_layers(final_layers(unwrap_model(self.model)), self.sos.kinds())
         return ckpt
 
     def _setup_train(self) -> None:
         """Set up as the host does; then everything that a shift needs, so that what is wrong shows now."""
         super()._setup_train()
+        if not self.sos.stock and self.start_epoch and RANK in {-1, 0}:
+            self._drop_later_results()
         if self.sos.sos_analyze is not None and RANK in {-1, 0}:
             final_layers(unwrap_model(self.model))  # raises where there are none
             self._watched: dict[int, ShiftSample] = {}
@@ -142,6 +159,16 @@ class SOSMixin(BaseTrainer):
             split_sizes(len(self._source.view), self._source.images, self.sos.sos_guard is not None)
             self._shift_log = ShiftLog(self.save_dir / "sos.csv", resume_from=self.start_epoch)
             self.metrics.update(self._shift_columns)
+
+    def _drop_later_results(self) -> None:
+        """Drop the lines of results.csv that belong to epochs that will run again: the host writes before it saves."""
+        if not self.csv.exists():
+            return
+        header, *lines = self.csv.read_text(encoding="utf-8").splitlines() or [""]
+        whole = [line for line in lines if line.count(",") == header.count(",")]
+        kept = [line for line in whole if int(line.split(",")[0]) <= self.start_epoch]
+        if kept != lines:
+            write_text(self.csv, "".join(f"{line}\n" for line in (header, *kept)))
 
     def shift_source(self) -> Source:
         """Return what the images of shifts are drawn from; asked once, when everything else is set up."""
@@ -239,22 +266,32 @@ class SOSMixin(BaseTrainer):
         # One seed per epoch: a resumed run draws what an unbroken one would have drawn.
         seed = self.args.seed + 1_000_003 * (self.epoch + 1)
         source = self._source
-        sample = ShiftSample(self, source.view, source.images, guard is not None, seed, source.labels)
+        images = source.images
+        sample = ShiftSample(self, source.view, images, guard is not None, seed, source.labels)
         criterion = unwrap_model(self.model).criterion
-        return {
-            name: shift_layers(
-                model,
-                final_layers(model),
-                sample.batches("fit"),
-                HostTask(model, criterion),
-                heldout=sample.batches("heldout"),
-                shifted=self._shifted(model),
-                method=self.sos.method(),
-                guard=guard,
-                seed=seed,
-            )
-            for name, model in models.items()
-        }
+        reports: dict[str, ShiftReport] = {}
+        while waiting := [name for name in models if name not in reports]:
+            model = models[waiting[0]]
+            try:
+                reports[waiting[0]] = shift_layers(
+                    model,
+                    final_layers(model),
+                    sample.batches("fit"),
+                    HostTask(model, criterion),
+                    heldout=sample.batches("heldout"),
+                    shifted=self._shifted(model),
+                    method=self.sos.method(),
+                    guard=guard,
+                    seed=seed,
+                )
+            except (MemoryError, RuntimeError) as e:
+                if images == 1 or not _is_out_of_memory(e):
+                    raise
+                images //= 2
+                LOGGER.warning(f"{PREFIX}out of memory: this shift goes on with {images} images.")
+                sample = ShiftSample(self, source.view, images, guard is not None, seed, source.labels)
+                self._clear_memory()
+        return reports
 
     def _shifted(self, model: nn.Module) -> list[FinalLayer]:
         return [layer for layer in final_layers(model) if layer.name in self._shifted_names]

@@ -72,7 +72,10 @@ class ShiftLog:
         self.rows: list[dict[str, Any]] = []
         if resume_from and path.exists():
             with open(path, encoding="utf-8", newline="") as f:
-                self.rows = [row for row in csv.DictReader(f) if int(row["epoch"]) <= resume_from]
+                try:
+                    self.rows = [row for row in csv.DictReader(f) if int(row["epoch"]) <= resume_from]
+                except (KeyError, TypeError, ValueError) as e:
+                    raise ValueError(f"{path}: not a log of shifts. Remove it to resume without it.") from e
 
     def add(self, epoch: int, reports: dict[str, ShiftReport]) -> None:
         """Append the shifts at the end of ``epoch``, counted from 1 as in results.csv.

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
-from ultralytics.utils import NUM_THREADS
+from ultralytics.utils import LOGGER, NUM_THREADS
 from ultralytics.utils.patches import override_configs
 
 
@@ -122,17 +123,18 @@ class ShiftSample:
     ):
         """Choose the images; they are loaded when first asked for."""
         fit, held = split_sizes(len(view), images, guarded)
-        chosen = draw(len(view), labels, seed)[: fit + held]
+        order = draw(len(view), labels, seed)
         self._trainer = trainer
         self._view = view
-        self._chosen = {"fit": chosen[:fit], "heldout": chosen[fit:]}
+        self._chosen = {"fit": order[:fit], "heldout": order[fit : fit + held]}
+        self._spare = iter(order[fit + held :])  # in place of images that cannot be read
         self._loaded: dict[str, list[dict[str, Any]]] = {}
 
     def batches(self, which: str) -> Iterator[dict[str, Any]]:
         """Yield the preprocessed batches of ``fit`` or ``heldout``, of the trainer's batch size."""
         if which not in self._loaded:
             with ThreadPool(NUM_THREADS) as pool:
-                items = pool.map(self._view.__getitem__, self._chosen[which])
+                items = self._readable(pool.map(self._read, self._chosen[which]))
             size = max(self._trainer.batch_size // max(self._trainer.world_size, 1), 1)
             self._loaded[which] = [self._view.collate_fn(items[i : i + size]) for i in range(0, len(items), size)]
         for batch in self._loaded[which]:
@@ -140,3 +142,23 @@ class ShiftSample:
             with override_configs(self._trainer.args, {"multi_scale": 0.0}):
                 preprocessed = self._trainer.preprocess_batch(dict(batch))
             yield preprocessed
+
+    def _read(self, index: int) -> dict[str, Any] | Exception:
+        """Return an image, or why it cannot be read."""
+        try:
+            return self._view[index]
+        except (OSError, ValueError, cv2.error) as e:
+            return e
+
+    def _readable(self, items: list[dict[str, Any] | Exception]) -> list[dict[str, Any]]:
+        """Return the items with others in place of errors, as long as there are others."""
+        readable = [item for item in items if not isinstance(item, Exception)]
+        errors = [item for item in items if isinstance(item, Exception)]
+        for error in errors:  # grows by those of the images that take another's place
+            LOGGER.warning(f"SOS: an image cannot be read, another one takes its place if there is one: {error}")
+            if (index := next(self._spare, None)) is not None:
+                item = self._read(index)
+                (errors if isinstance(item, Exception) else readable).append(item)  # type: ignore[arg-type]
+        if errors and not readable:
+            raise OSError(f"None of the images for a shift can be read; the last error: {errors[-1]}") from errors[-1]
+        return readable

@@ -1,0 +1,148 @@
+# yolo-sos, AGPL-3.0
+"""A regression guard that counts work, not seconds: images read, forward passes, solver calls, bytes captured."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from ultralytics.data import build as loaders
+from ultralytics.data.dataset import YOLODataset
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils.torch_utils import unwrap_model
+
+from yolo_sos import SOSDetectionTrainer
+from yolo_sos.core import InputCapture, Method
+from yolo_sos.core import shift as shift_module
+from yolo_sos.core import weighting as weighting_module
+from yolo_sos.heads import final_layers
+from yolo_sos.train.sampling import ShiftSample
+
+IMAGES, HELD, BATCH, IMGSZ, MODELS = 8, 4, 8, 64, 2
+
+
+@pytest.fixture
+def make(digits, tiny, tmp_path):
+    """``make(trainer class, **settings)`` returns a trainer that is ready to train."""
+
+    def make(kind, **settings):
+        trainer = kind(
+            overrides={
+                **{"model": str(tiny), "data": str(digits), "epochs": 2, "imgsz": IMGSZ, "batch": BATCH, "workers": 0},
+                **{"device": "cpu", "plots": False, "val": False, "project": str(tmp_path), **settings},
+            }
+        )
+        trainer._setup_train()
+        trainer.epoch = 0
+        model = unwrap_model(trainer.model)
+        model.criterion = model.init_criterion()  # as the first training batch does
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """``count(owner, name)`` counts the calls of a function in ``count.calls``, by name."""
+    calls: Counter[str] = Counter()
+
+    def count(owner, name):
+        original = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count.calls = calls  # type: ignore[attr-defined]
+    return count
+
+
+def test_a_shift_reads_each_image_once_and_runs_each_model_once_over_it(make, count, monkeypatch):
+    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=1.0)
+    models = (trainer.ema.ema, unwrap_model(trainer.model))
+    layers = len(final_layers(models[0]))
+    seen: Counter[int] = Counter()
+    handles = [
+        m.register_forward_pre_hook(lambda module, args: seen.update({id(module): len(args[0])})) for m in models
+    ]
+    count(YOLODataset, "get_image_and_label")
+    count(YOLODataset, "__getitem__")
+    count(Method, "solve")
+    count(shift_module, "principal_shift")
+    count(shift_module.HeldOut, "loss")
+    reports = trainer._shift()
+    for handle in handles:
+        handle.remove()
+    assert sorted(reports) == ["ema", "model"]
+    assert count.calls["__getitem__"] == IMAGES + HELD  # for both models together
+    assert count.calls["get_image_and_label"] == IMAGES + HELD  # no mosaic: each takes one image
+    assert sorted(seen.values()) == [IMAGES + HELD] * MODELS
+    assert count.calls["principal_shift"] == count.calls["solve"] == layers * MODELS
+    assert count.calls["loss"] == 2 * MODELS  # before, and after the full step
+
+
+def test_a_pass_captures_the_inputs_of_the_final_layers_and_nothing_else(make):
+    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=1.0)
+    model = trainer.ema.ema.eval()
+    layers = final_layers(model)
+    source = trainer._source
+    batch = next(ShiftSample(trainer, source.view, IMAGES, True, 0).batches("fit"))
+    with InputCapture(layers) as capture:
+        model(batch["img"])
+        inputs = capture.take()
+    per_image = sum(
+        layer.module.in_channels * (IMGSZ // stride) ** 2
+        for layer, stride in zip(layers, [8, 16, 32] * 2, strict=True)  # box layers, then class layers
+    )
+    assert sum(x.numel() * x.element_size() for x in inputs.values()) == 4 * IMAGES * per_image
+
+
+def test_one_product_per_layer_collects_all_groups(make, count):
+    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=1.0)
+    count(weighting_module.Gram, "update")
+    trainer._shift()
+    layers = len(final_layers(trainer.ema.ema))
+    assert count.calls["update"] == layers * MODELS  # not times classes and background
+
+
+def test_the_guard_stops_at_the_first_step_that_passes(make, count, monkeypatch):
+    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=0.0)
+    monkeypatch.setattr(shift_module.HeldOut, "loss", lambda self, weights: 1.0)
+    count(shift_module.HeldOut, "loss")
+    trainer._shift()
+    assert count.calls["loss"] == 2 * MODELS
+    losses = iter([1.0, 9.0, 9.0, 9.0, 1.0] * MODELS)  # before, and t = 1, ½, ¼, 0
+    monkeypatch.setattr(shift_module.HeldOut, "loss", lambda self, weights: next(losses))
+    count(shift_module.HeldOut, "loss")
+    trainer._shift()
+    assert count.calls["loss"] == (2 + 5) * MODELS  # no more than that, however bad
+
+
+def test_sos_scans_no_data_set_again_and_makes_no_second_loader(make, count):
+    count(loaders, "build_yolo_dataset")
+    count(YOLODataset, "get_labels")
+    count(loaders.InfiniteDataLoader, "__init__")
+    made = {}
+    for name, kind, settings in (
+        ("stock", DetectionTrainer, {}),
+        ("off", SOSDetectionTrainer, {}),
+        ("on", SOSDetectionTrainer, {"sos": True, "sos_guard": 1.0}),
+    ):
+        count.calls.clear()
+        trainer = make(kind, **settings)
+        if name == "on":
+            trainer._shift()
+        made[name] = dict(count.calls)
+    assert made["stock"]["get_labels"] == made["stock"]["__init__"] == 2  # train and val
+    assert made["off"] == made["on"] == made["stock"]
+
+
+def test_sos_that_is_off_prepares_nothing(make, count):
+    count(SOSDetectionTrainer, "shift_source")
+    count(SOSDetectionTrainer, "_shift")
+    trainer = make(SOSDetectionTrainer)
+    trainer.run_callbacks("on_train_epoch_end")
+    assert not count.calls
+    assert not hasattr(trainer, "_source")

@@ -1,0 +1,223 @@
+#!/usr/bin/env python
+# yolo-sos, AGPL-3.0
+"""How the cost of a shift grows: with the size of the model, of the image, with classes and with the batch.
+
+    python tools/bench_growth.py                        # some minutes on two CPU cores
+    python tools/bench_growth.py --device=0 --imgsz=640
+
+One shift at the defaults and one training step, in turn, on random images with untrained models: neither the pixels nor
+the weights matter to the time. Each axis changes one thing and leaves the others at --imgsz, --classes and --batch. A
+shift is told in images: how many images' worth of training step (forward, backward, update) it costs. That does not
+depend on the data set. It is measured on few images and is proportional to them; what the default number of images
+(3 per class, if that is more) adds to training on N, for the two models that are shifted, is
+
+    2 · images' worth / (N · sos_interval) · (images by default / images measured on)
+
+Peak memory of the two stands beside it, that of one process per model. Results go to results/bench/growth.*.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from bench_common import BENCH, Peak, save, spread, table, told
+
+AXES: dict[str, tuple[Any, ...]] = {
+    "model": ("yolov5n", "yolov5s", "yolov5m", "yolov5l", "yolov5x"),
+    "imgsz": (160, 320, 640),
+    "classes": (3, 20, 80, 1000),
+    "batch": (4, 8, 16, 32),
+}
+OBJECTS = 5  # per image
+N = 10_000  # training images that the last column is for
+
+
+def measure(model: str, imgsz: int, classes: int, batch: int, repeats: int, device: str) -> dict[str, Any]:
+    """Return times, memory and counts of a shift and of a training step, measured in this process."""
+    import torch
+    from ultralytics.cfg import get_cfg
+    from ultralytics.nn.tasks import DetectionModel
+
+    from yolo_sos.config import SOSConfig
+    from yolo_sos.core import shift_layers
+    from yolo_sos.heads import HostTask, final_layers
+    from yolo_sos.train.sampling import IMAGES, PER_CLASS
+
+    torch.manual_seed(0)
+    place = torch.device("cpu" if device == "cpu" else f"cuda:{device}")
+    net = DetectionModel(f"{model}.yaml", nc=classes, verbose=False).to(place)
+    net.args = get_cfg()
+    config = SOSConfig.from_dict({"sos": True})
+    images = config.sos_images or IMAGES
+
+    def batches(count: int) -> list[dict[str, Any]]:
+        sizes = [min(batch, count - i) for i in range(0, count, batch)]
+        return [
+            {
+                "img": torch.rand(size, 3, imgsz, imgsz, device=place),
+                "cls": torch.randint(classes, (size * OBJECTS, 1), device=place).float(),
+                "bboxes": torch.rand(size * OBJECTS, 4, device=place) * 0.3 + 0.3,
+                "batch_idx": torch.arange(size, device=place).repeat_interleave(OBJECTS).float(),
+            }
+            for size in sizes
+        ]
+
+    (train,), fit, held = batches(batch), batches(images), batches(max(1, images // 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9)
+    task, layers, peak = HostTask(net), final_layers(net), Peak(device)
+
+    def step() -> None:
+        net.train()
+        optimizer.zero_grad()
+        net(train)[0].sum().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
+        optimizer.step()
+
+    reports: list[Any] = []
+
+    def shift() -> None:
+        reports.append(
+            shift_layers(net, layers, fit, task, heldout=held, method=config.method(), guard=config.sos_guard)
+        )
+
+    seconds: dict[str, list[float]] = {"step": [], "shift": []}
+    peaks: dict[str, list[float]] = {"step": [], "shift": []}
+    for repeat in range(repeats + 1):
+        for name, run in (("step", step), ("shift", shift)):
+            peak.reset()
+            if peak.cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if peak.cuda:
+                torch.cuda.synchronize()
+            if repeat:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+                peaks[name].append(peak.mb)
+    phases = {p: median([r.milliseconds[p] for r in reports[1:]]) for p in reports[0].milliseconds}
+    one_pass = phases["forward"] * (images // 2) / (images + images // 2)  # of the held-out images
+    return {
+        "images": images,
+        "default_images": config.sos_images or max(IMAGES, PER_CLASS * classes),
+        "step_s": spread(seconds["step"]),
+        "shift_s": spread(seconds["shift"]),
+        "worth": [batch * b / a for a, b in zip(seconds["step"], seconds["shift"], strict=True)],
+        "phases_ms": phases,
+        "guard_of_forward": phases["guard"] / one_pass,
+        "rows_of_forward": phases["rows"] / (phases["forward"] - one_pass),
+        "step_mb": median(peaks["step"]),
+        "shift_mb": median(peaks["shift"]),
+    }
+
+
+def figure(axis: str, points: dict[str, dict[str, Any]]) -> None:
+    """Draw one axis: images' worth with its spread, and its phases as bars."""
+    from matplotlib.figure import Figure
+
+    from yolo_sos.files import atomic_path
+
+    fig = Figure(figsize=(6, 3.6), layout="constrained")
+    ax = fig.subplots()
+    bottom = [0.0] * len(points)
+    for phase in ("forward", "rows", "solve", "guard"):
+        values = [median(p["worth"]) * p["phases_ms"][phase] / sum(p["phases_ms"].values()) for p in points.values()]
+        ax.bar(list(points), values, bottom=bottom, label=phase, width=0.6)
+        bottom = [a + b for a, b in zip(bottom, values, strict=True)]
+    middle = [median(p["worth"]) for p in points.values()]
+    low = [m - min(p["worth"]) for m, p in zip(middle, points.values(), strict=True)]
+    high = [max(p["worth"]) - m for m, p in zip(middle, points.values(), strict=True)]
+    ax.errorbar(list(points), middle, yerr=[low, high], fmt="k.", capsize=3, label="median, least, largest")
+    ax.set(xlabel=axis, ylabel="one shift of one model,\nin training images", ylim=(0, None))
+    ax.legend(fontsize="small")
+    with atomic_path(BENCH / f"growth-{axis}.png") as path:
+        fig.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure every point in a process of its own, and write the record and the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="yolov5n", help="for the other axes (%(default)s)")
+    parser.add_argument("--imgsz", type=int, default=160, help="(%(default)s)")
+    parser.add_argument("--classes", type=int, default=20, help="(%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="(%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, or the number of a GPU (%(default)s)")
+    parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES, help="(all)")
+    parser.add_argument("--name", default="growth", help="of the record in results/bench (%(default)s)")
+    parser.add_argument("--point", help=argparse.SUPPRESS)  # a worker
+    args = parser.parse_args(argv)
+    if args.point:
+        print(json.dumps(measure(**json.loads(args.point), repeats=args.repeats, device=args.device)))
+        return
+    base = {"model": args.model, "imgsz": args.imgsz, "classes": args.classes, "batch": args.batch}
+    data: dict[str, dict[str, dict[str, Any]]] = {}
+    seen: dict[str, dict[str, Any]] = {}  # the base point stands on every axis
+    for axis in args.axes:
+        data[axis] = {}
+        for value in AXES[axis]:
+            point = json.dumps({**base, axis: value})
+            if point not in seen:
+                options = [f"--point={point}", f"--repeats={args.repeats}", f"--device={args.device}"]
+                worker = [sys.executable, __file__, *options]
+                out = subprocess.run(worker, check=True, stdout=subprocess.PIPE, text=True).stdout
+                seen[point] = json.loads(out.splitlines()[-1])
+            data[axis][str(value)] = seen[point]
+            print(axis, value, told(seen[point]["worth"]), flush=True)
+        figure(axis, data[axis])
+
+    from yolo_sos.config import SOSConfig
+
+    interval = SOSConfig.from_dict({}).sos_interval
+    head = [
+        "",
+        "step, ms",
+        "shift, ms",
+        "worth, images",
+        "default images",
+        f"on {N} images",
+        "rows / forward",
+        "guard / forward",
+        "MB, step",
+        "MB, shift",
+    ]
+    parts = []
+    for axis, points in data.items():
+        rows = [
+            [
+                value,
+                told([1e3 * p["step_s"][k] for k in ("min", "median", "max")]),
+                told([1e3 * p["shift_s"][k] for k in ("min", "median", "max")]),
+                told(p["worth"]),
+                p["default_images"],
+                f"{2e2 * median(p['worth']) * p['default_images'] / p['images'] / (N * interval):.2g} %",
+                f"{p['rows_of_forward']:.2f}",
+                f"{p['guard_of_forward']:.2f}",
+                f"{p['step_mb']:.0f}",
+                f"{p['shift_mb']:.0f}",
+            ]
+            for value, p in points.items()
+        ]
+        parts.append(f"## {axis}\n\n" + table(head, rows) + f"\n\n![{axis}](growth-{axis}.png)")
+    images = next(iter(seen.values()))["images"]
+    body = (
+        f"One shift of one model on {images} + {images // 2} images against a training step; medians (least–largest) "
+        f"of {args.repeats}. worth: images of training step that a shift costs. “on {N} images”: what shifting both "
+        f"models every {interval} epochs, on the default number of images, adds to training on as many. "
+        "rows / forward: of the images fitted on; "
+        "guard / forward: of the held-out images. Unless it is the axis: "
+        + ", ".join(f"{k}={v}" for k, v in base.items())
+        + ".\n\n"
+        + "\n\n".join(parts)
+    )
+    save(args.name, "How the cost of a shift grows", body, {"base": base, "axes": data}, argv)
+
+
+if __name__ == "__main__":
+    main()
