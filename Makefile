@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-oldest fuzz lint install clean
 
 install: $(VENV)/.installed
 
@@ -21,10 +21,20 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+# The same suite with the oldest Ultralytics that pyproject.toml admits.
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --quiet -e '.[dev]' "$$(sed -n 's/.*"\(ultralytics\)>=\([0-9.]*\),.*/\1==\2/p' pyproject.toml)"
+	$(VENV)-oldest/bin/python -m pytest
+
+# Ten thousand cases for each target, in place of a hundred.
+fuzz: install
+	YOLO_SOS_FUZZ=10000 $(BIN)/python -m pytest tests/faults/test_fuzz.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest dist build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -34,7 +34,7 @@ from yolo_sos.train.schedule import is_due, step_factor
 # workers of a distributed run, and args refuse keys that are not the host's.
 CARRIER = "sos_settings"
 PREFIX = colorstr("SOS: ")
-TESTED_HOSTS = ("8.4.190",)  # the releases of Ultralytics that the suite has passed with
+TESTED_HOSTS = ("8.4.150", "8.4.190")  # the releases of Ultralytics that the suite has passed with
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -1,0 +1,129 @@
+# yolo-sos, AGPL-3.0
+"""Two processes in the host's own loop, started by hand with torch.distributed.run; on the CPU, by gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+# The host knows DDP on GPUs alone: what it says of a device is left out, everything else is its own code.
+WORKER = """
+import hashlib, json, os, sys, traceback
+from pathlib import Path
+import torch
+from torch import distributed as dist, nn
+from ultralytics.utils.torch_utils import unwrap_model
+from yolo_sos.train import SOSDetectionTrainer, mixin
+
+class DDP(nn.parallel.DistributedDataParallel):
+    def __init__(self, module, device_ids, **options):
+        super().__init__(module, **options)
+
+nn.parallel.DistributedDataParallel = DDP
+folder, fail = Path(sys.argv[2]), sys.argv[3] == "fail"
+told = []
+
+class Trainer(SOSDetectionTrainer):
+    def __init__(self, overrides):
+        super().__init__(overrides=overrides)
+        self.world_size, self.ddp = 2, False
+
+    def _setup_ddp(self):
+        dist.init_process_group("gloo")
+
+    def validate(self):
+        return (None, None) if self.metrics is None else (dict(self.metrics), 0.0)
+
+    def final_eval(self):
+        pass
+
+    def preprocess_batch(self, batch):
+        self.files = [Path(f).name for f in batch["im_file"]]
+        return super().preprocess_batch(batch)
+
+def digest(model, names):
+    return hashlib.sha256(b"".join(model.get_parameter(n).detach().numpy().tobytes() for n in names)).hexdigest()
+
+def parameters(trainer):
+    return [n for n, _ in unwrap_model(trainer.model).named_parameters()]
+
+def note(trainer):
+    names, final = parameters(trainer), sorted(f"{n}.weight" for n in trainer._shifted_names)
+    models = {"model": unwrap_model(trainer.model), "ema": trainer.ema.ema}
+    told[-1] |= {name: [digest(model, names), digest(model, final)] for name, model in models.items()}
+
+def batch_end(trainer):
+    final = sorted(f"{n}.weight" for n in trainer._shifted_names)
+    statistics = torch.cat([b.float().view(-1) for n, b in unwrap_model(trainer.model).named_buffers()])
+    before, total = digest(trainer.ema.ema, final), float(statistics.sum())
+    told.append({"files": trainer.files, "before": before, "statistics": total})
+
+if fail:
+    real = mixin.shift_layers
+    def shift_layers(*args, **kwargs):
+        real(*args, **kwargs)
+        raise ZeroDivisionError("of the shift")
+    mixin.shift_layers = shift_layers
+
+trainer = Trainer(json.loads(sys.argv[1]))
+trainer.add_callback("on_train_batch_end", batch_end)
+trainer.add_callback("on_train_epoch_end", note)
+try:
+    trainer._do_train()
+    error = None
+except Exception as e:
+    traceback.print_exc()
+    error = f"{type(e).__name__}: {e}"
+(folder / f"{os.environ['RANK']}.json").write_text(json.dumps({"told": told, "error": error}))
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def launch(defaults, tmp_path):
+    """``launch(how)`` returns what two workers noted."""
+
+    def launch(how: str) -> list[dict]:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        script = tmp_path / "worker.py"
+        script.write_text(WORKER)
+        place = ["--master_addr=127.0.0.1", f"--master_port={port}", "--nproc_per_node=2"]
+        settings = json.dumps({**defaults, "amp": False, "batch": 12, "val": False})
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *place, str(script), settings, str(tmp_path), how],
+            **{"capture_output": True, "text": True, "timeout": 120, "env": {**os.environ, "OMP_NUM_THREADS": "1"}},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+
+    return launch
+
+
+@pytest.mark.feature("torch.distributed.run by hand", "works: model and EMA are equal on all ranks, bit for bit")
+def test_ranks_that_see_different_images_have_the_same_weights(launch):
+    first, second = launch("train")
+    assert (first["error"], second["error"]) == (None, None)
+    assert len(first["told"]) == len(second["told"]) == 2 * 2  # batches
+    shifts = 0
+    for a, b in zip(first["told"], second["told"], strict=True):
+        assert not set(a["files"]) & set(b["files"])
+        assert a["statistics"] != b["statistics"]  # what BatchNorm has seen differs, and so would a shift of each rank
+        if "ema" in a:
+            assert a["ema"] == b["ema"] and a["model"] == b["model"]
+            assert a["ema"][1] != a["before"]
+            shifts += 1
+    assert shifts == 2
+
+
+@pytest.mark.fault("a shift fails on rank 0 of two", "every rank stops with that error")
+def test_every_rank_stops_with_the_error_of_rank_0(launch):
+    first, second = launch("fail")
+    assert first["error"] == "ZeroDivisionError: of the shift"
+    assert second["error"] == "RuntimeError: The shift failed on rank 0: ZeroDivisionError: of the shift"
