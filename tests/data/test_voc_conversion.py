@@ -228,7 +228,7 @@ def test_bccd_as_the_host_downloads_it(tmp_path, monkeypatch, warnings):
     for split, n in ("train", 205), ("val", 87), ("test", 72):
         images = sorted(Path(data[split]).iterdir())
         assert len(images) == n
-        n_boxes += sum(len(labels(Path(p))) for p in host.img2label_paths(images))
+        n_boxes += sum(len(labels(Path(p))) for p in host.img2label_paths([str(image) for image in images]))
         assert list(annotation_paths(data, split)) == [p.stem for p in images]
     assert n_boxes == 4888 - 2
     degenerate = [w for w in warnings if "no area" in w]

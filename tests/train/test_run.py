@@ -45,9 +45,11 @@ def test_live_model_and_ema_lose_norm_in_every_layer_and_nothing_else_changes(sh
         before, after = shifted.trained[epoch][name], shifted.ended[epoch][name]
         for key in before:
             if key in names:
-                assert after[key].norm() < before[key].norm(), (epoch, key)
+                # Not <: a layer whose inputs span fewer dimensions than are kept has nothing more to lose.
+                assert after[key].norm() <= before[key].norm() * (1 + 1e-6), (epoch, key)
             else:
                 assert torch.equal(after[key], before[key]), (epoch, key)
+        assert norm(after, layers) < norm(before, layers)
     assert same(shifted.trained[1][name], shifted.ended[1][name])
 
 
@@ -169,7 +171,7 @@ def test_sos_csv_has_a_line_per_shift_model_and_layer(shifted, layers):
     for row in shifted.shifts:
         assert (row["kind"], int(row["scale"])) == kinds[row["name"]]
         assert row["status"] == "ok"
-        assert 0 < float(row["norm_after"]) < float(row["norm_before"])
+        assert 0 < float(row["norm_after"]) <= float(row["norm_before"]) * (1 + 1e-6)
         assert float(row["rank"]) <= min(int(row["rows"]), int(row["d"]) / 2)
         assert int(row["rows"]) == 8 * (8, 4, 2)[int(row["scale"])] ** 2
     one = next(row for row in shifted.shifts if row["model"] == "ema")
