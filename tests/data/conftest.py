@@ -7,7 +7,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from ultralytics.data import utils as host
 
 from yolo_sos.data.voc import VOCAnnotation, VOCObject, write_annotation
 
@@ -29,14 +28,6 @@ class Tree:
         with (self.root / "ImageSets" / "Main" / f"{split}.txt").open("a") as f:
             f.write(f"{image_id}\n")
         return self
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_fonts():
-    """Keep the host's check of a data set from asking the network for a font."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "check_font", lambda *_: None)
-        yield
 
 
 @pytest.fixture

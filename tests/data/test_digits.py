@@ -23,7 +23,7 @@ pytest.importorskip("sklearn", reason="needs scikit-learn: pip install 'yolo-sos
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, no_fonts):
+def data(tmp_path_factory):
     """The data set as the host makes it, on first use, from its YAML."""
     folder = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:

@@ -12,6 +12,12 @@ from ultralytics.utils import LOGGER
 T = TypeVar("T")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether Python, a GPU (the first text) or the CPU's allocator (the others) had no memory left."""
+    texts = "out of memory", "allocate memory", "not enough memory"
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
+
+
 def with_fewer(count: int, run: Callable[[int], T], what: str) -> tuple[T, int]:
     """Return ``run(count)``, with half as many as often as memory runs out; and how many it was done with.
 
@@ -24,9 +30,7 @@ def with_fewer(count: int, run: Callable[[int], T], what: str) -> tuple[T, int]:
         try:
             return run(count), count
         except (RuntimeError, MemoryError) as e:
-            text = str(e).lower()
-            known = isinstance(e, MemoryError) or any(s in text for s in ("out of memory", "allocate memory"))
-            if not known or count == 1:
+            if count == 1 or not is_out_of_memory(e):
                 raise
         # Beyond the except block: the traceback, which holds the failed attempt's tensors, is gone.
         if torch.cuda.is_available():

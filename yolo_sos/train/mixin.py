@@ -22,6 +22,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_sos import __version__
 from yolo_sos.analyze import curves, watch
+from yolo_sos.analyze.memory import is_out_of_memory
 from yolo_sos.config import CHECKPOINT_KEY, SOSConfig, is_sos_key, resolve_data, resolve_model
 from yolo_sos.core import FinalLayer, ShiftReport, shift_layers
 from yolo_sos.files import atomic_path, write_text
@@ -35,12 +36,6 @@ from yolo_sos.train.schedule import is_due, step_factor
 CARRIER = "sos_settings"
 PREFIX = colorstr("SOS: ")
 TESTED_HOSTS = ("8.4.150", "8.4.190")  # the releases of Ultralytics that the suite has passed with
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Tell whether Python, a GPU (the first text) or the CPU's allocator (the others) had no memory left."""
-    texts = "out of memory", "can't allocate memory", "not enough memory"
-    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
 if TYPE_CHECKING:
@@ -285,7 +280,7 @@ class SOSMixin(BaseTrainer):
                     seed=seed,
                 )
             except (MemoryError, RuntimeError) as e:
-                if images == 1 or not _is_out_of_memory(e):
+                if images == 1 or not is_out_of_memory(e):
                     raise
                 images //= 2
                 LOGGER.warning(f"{PREFIX}out of memory: this shift goes on with {images} images.")
