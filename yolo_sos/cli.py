@@ -4,32 +4,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from yolo_sos import __version__
-from yolo_sos.config import (
-    RECIPE,
-    SHIFT_SETTINGS,
-    SOS_YAML,
-    SOSConfig,
-    is_sos_key,
-    resolve_cfg,
-    resolve_data,
-    resolve_model,
-)
+from yolo_sos.arguments import check_keys, find_cfg, read_cfg, training_keys
+from yolo_sos.config import RECIPE, SHIFT_SETTINGS, SOS_YAML, SOSConfig, is_sos_key, resolve_data, resolve_model
 
-# Keys that the host takes beside those of its defaults: deprecated ones, which it translates or drops with a warning.
-ALSO_TAKEN = (
-    *("save_dir", "half", "int8", "end2end", "boxes", "hide_labels", "hide_conf", "line_thickness"),
-    *("label_smoothing", "save_hybrid", "crop_fraction", "keras"),
-)
 SHIFT_KEYS = (
     *("model", "data", "draws", "sweep", "imgsz", "batch", "device", "seed", "val", "exist_ok"),
     *(*SHIFT_SETTINGS, *(f"sos_{name}" for name in SHIFT_SETTINGS)),
@@ -38,6 +20,10 @@ ANALYZE_KEYS = (
     *("model", "data", "runs", "scope", "probes", "stderr", "images", "landscape", "weighting", "imgsz", "batch"),
     *("fraction", "device", "seed", "project", "name", "exist_ok"),
 )
+# Of an experiment's grid; besides, what a training takes and an arm does not settle
+EXPERIMENT_KEYS = ("seeds", "arms", "plan", "launcher", "splits", "results")
+MODE_KEYS = {"shift": SHIFT_KEYS, "analyze": ANALYZE_KEYS, "table": ("results",)}
+NOT_FOR_ALL = ("cfg", "exist_ok", "mode", "name", "resume", "save_dir", "seed")
 # What a wrong argument, or a file that an argument names, can raise in the host and here
 BAD_INPUT = (ValueError, TypeError, SyntaxError, AssertionError, OSError, OverflowError, RecursionError)
 HELP = """
@@ -116,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         special[command]()
         return
     try:
-        check_keys(args)
+        check_arguments(args)
         words, overrides = parse(args)
         run = plan(words, overrides)
     except BAD_INPUT as e:
@@ -153,23 +139,14 @@ def run_checks() -> None:
     print_version()
 
 
-def host_keys() -> list[str]:
-    """Return the arguments of 'yolo', read from its file of defaults: importing the host takes a second."""
-    spec = find_spec("ultralytics")
-    if spec is None or spec.origin is None:
-        raise ValueError("ultralytics is not installed. Install it with: pip install ultralytics")
-    return list(yaml.safe_load((Path(spec.origin).parent / "cfg/default.yaml").read_text(encoding="utf-8")))
-
-
-def check_keys(args: list[str]) -> None:
+def check_arguments(args: list[str]) -> None:
     """Raise a ``ValueError`` that names a wrong key and the nearest valid one, before anything heavy is loaded."""
-    own = next((keys for mode, keys in (("shift", SHIFT_KEYS), ("analyze", ANALYZE_KEYS)) if mode in args), None)
-    valid = own or [*SOSConfig.keys(), *host_keys(), *ALSO_TAKEN]
-    for arg in args:
-        key = arg.lstrip("-").split("=")[0].strip()
-        if "=" in arg and key and key not in valid:
-            near = get_close_matches(key, valid, n=1, cutoff=0.0)[0]
-            raise ValueError(f"'{key}' is not a valid argument. Did you mean '{near}'?")
+    mode = next((mode for mode in MODE_KEYS if mode in args), None)
+    keys = [arg.lstrip("-").split("=")[0].strip() for arg in args if "=" in arg]
+    valid: Iterable[str] = MODE_KEYS[mode] if mode else training_keys()
+    if "experiment" in args:
+        valid = [*EXPERIMENT_KEYS, *(key for key in training_keys() if key not in NOT_FOR_ALL)]
+    check_keys((key for key in keys if key), valid)
 
 
 def parse(args: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -189,32 +166,14 @@ def parse(args: list[str]) -> tuple[list[str], dict[str, Any]]:
             continue
         key, value = parse_key_value_pair(arg)
         if key == "cfg" and value is not None:
-            overrides = {**read_cfg(value), **overrides}
+            overrides = {**read_cfg(find_cfg(value)), **overrides}
         else:
             overrides[key] = value
-    check_keys([*words, *(f"{k}=" for k in overrides)])  # again: 'key = value' is put together only now
+    check_arguments([*words, *(f"{k}=" for k in overrides)])  # again: 'key = value' is put together only now
     for key, resolve in (("data", resolve_data), ("model", resolve_model)):
         if key in overrides:
             overrides[key] = resolve(overrides[key])
     return words, overrides
-
-
-def read_cfg(name: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the settings of a ``cfg=`` file. Its own ``cfg`` names another one beside it that it builds on.
-
-    Raises:
-        ValueError: If a key is unknown, or files build on each other in a circle.
-    """
-    from ultralytics.utils import YAML
-    from ultralytics.utils.checks import check_yaml
-
-    path = Path(check_yaml(resolve_cfg(name))).resolve()
-    if path in above:
-        raise ValueError(f"{path}: its 'cfg' leads back to itself.")
-    content = YAML.load(path)
-    check_keys([f"{k}=" for k in content])
-    base = content.pop("cfg", None)
-    return {**(read_cfg(str(path.parent / base), (*above, path)) if base else {}), **content}
 
 
 def plan(words: list[str], overrides: dict[str, Any]) -> Callable[[], Any]:
@@ -230,6 +189,10 @@ def plan(words: list[str], overrides: dict[str, Any]) -> Callable[[], Any]:
         return plan_shift(words, overrides)
     if "analyze" in words:
         return plan_analyze(words, overrides)
+    if "experiment" in words:
+        return plan_experiment(words, overrides)
+    if "table" in words:
+        return plan_table(words, overrides)
     settings = {k: v for k, v in overrides.items() if is_sos_key(k)}
     host = {k: v for k, v in overrides.items() if not is_sos_key(k)}
     if "sos" in words:
@@ -328,6 +291,29 @@ def plan_analyze(words: list[str], options: dict[str, Any]) -> Callable[[], Any]
     return Comparison(**options).run
 
 
+def plan_experiment(words: list[str], options: dict[str, Any]) -> Callable[[], Any]:
+    """Return a grid of runs, with everything checked."""
+    from yolo_sos.experiment.grid import Experiment
+
+    names = [w for w in words if w not in {"experiment", "plan"}]
+    if len(names) != 1:
+        raise ValueError("experiment takes one name, such as voc/yolov5s, or a folder that holds default.yaml.")
+    if "plan" in words:
+        options["plan"] = True
+    grid = Experiment(names[0], **options)
+    return lambda: run_experiment(grid)
+
+
+def plan_table(words: list[str], options: dict[str, Any]) -> Callable[[], Any]:
+    """Return a table of the records of an experiment, which are all read and compared already."""
+    from yolo_sos.experiment.table import ResultTable
+
+    names = [w for w in words if w != "table"]
+    if len(names) != 1:
+        raise ValueError("table takes one name of an experiment, such as voc/yolov5s.")
+    return ResultTable(names[0], **options).run
+
+
 def run_training(model: Any, arguments: dict[str, Any]) -> None:
     """Train; what goes wrong before the first epoch lies in arguments or data, and is told without a traceback."""
     started: list[bool] = []
@@ -348,6 +334,12 @@ def run_shift(job: Any) -> None:
         fail(e)
     if getattr(done, "output", "") is None:
         raise SystemExit(3)
+
+
+def run_experiment(grid: Any) -> None:
+    """Run a grid; exit with status 1 if a run failed."""
+    if grid.run():
+        raise SystemExit(1)
 
 
 def run_host(words: list[str], overrides: dict[str, Any]) -> None:

@@ -1,0 +1,165 @@
+# yolo-sos, AGPL-3.0
+"""``yolo-sos experiment``: arms × seeds. What is finished is skipped, what was interrupted goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ultralytics.utils import LOGGER, TQDM, colorstr
+
+from yolo_sos.experiment.arms import find_experiment, read_arms
+from yolo_sos.experiment.launch import LAUNCHERS
+from yolo_sos.experiment.record import difference, read_record, record_path, wall_time, write_record
+from yolo_sos.experiment.run import Run, available_splits, data_of
+
+PREFIX = colorstr("experiment: ")
+
+
+class Experiment:
+    """A grid of runs, with everything checked before anything is trained.
+
+    Args:
+        name (str): An experiment that comes along, such as ``voc/yolov5s``, or a folder that holds ``default.yaml``.
+        seeds (int | Sequence[int]): The seeds.
+        arms (str | Sequence[str], optional): The arms to run. None: all.
+        plan (bool): Print the grid and run nothing.
+        launcher (str): ``local``, one run after another in this process, or ``ray``.
+        splits (str | Sequence[str], optional): What to judge on. None: val, and test if the data set has it.
+        device (str | int | list, optional): The host's ``device``.
+        project (str): Folder of the trainings.
+        results (str): Folder of the records.
+        **overrides (Any): Settings for all arms, in the place of the default's.
+
+    Raises:
+        ValueError: If a setting is wrong, or a run that is there was made with other settings.
+        FileNotFoundError: If there is no such experiment.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        seeds: int | Sequence[int] = (0, 1, 2),
+        arms: str | Sequence[str] | None = None,
+        plan: bool = False,
+        launcher: str = "local",
+        splits: str | Sequence[str] | None = None,
+        device: Any = None,
+        project: str = "runs/experiments",
+        results: str = "results",
+        **overrides: Any,
+    ):
+        """Check everything that can be checked without the data."""
+        if launcher not in LAUNCHERS:
+            raise ValueError(f"'launcher={launcher}' is invalid: launcher must be one of {', '.join(LAUNCHERS)}.")
+        if not isinstance(plan, bool):
+            raise ValueError(f"'plan={plan}' is invalid: plan must be true or false.")
+        folder = find_experiment(name)
+        self.name = experiment_name(name, folder)
+        self.plan, self.launcher, self.results = plan, launcher, Path(results)
+        self.splits = _names("splits", splits)
+        if wrong := [split for split in self.splits or () if split not in {"train", "val", "test"}]:
+            raise ValueError(f"'splits={wrong[0]}' is invalid: splits must be of train, val, test.")
+        chosen = read_arms(folder, _names("arms", arms), overrides)
+        given = ("0" if device == 0 else device) or next(iter(chosen.values())).settings.get("device") or ""
+        self.runs = [
+            Run(self.name, arm, seed, Path(project) / self.name / f"{arm.name}-{seed}", str(given), self.splits or ())
+            for seed in _seeds(seeds)  # a seed of every arm first: pairs are there early
+            for arm in chosen.values()
+        ]
+        self.finished = [run for run in self.runs if self._is_finished(run)]
+        for run in self.runs:
+            if run not in self.finished:
+                run.check()
+
+    def _is_finished(self, run: Run) -> bool:
+        path = self.record_path(run)
+        if not path.exists():
+            return False
+        record = read_record(path)
+        if key := difference(record["config"], run.arm.config):
+            raise ValueError(
+                f"{path}: was run with {key}={record['config'].get(key)}, now it is {run.arm.config.get(key)}. "
+                "Move the record and its run away to start again."
+            )
+        return set(run.splits) <= set(record["metrics"])
+
+    def record_path(self, run: Run) -> Path:
+        """Return where the record of a run lies."""
+        return record_path(self.results, run.experiment, run.arm.name, run.seed)
+
+    def run(self) -> int:
+        """Run what is left of the grid.
+
+        Returns:
+            (int): The number of runs that failed.
+        """
+        waiting = [run for run in self.runs if run not in self.finished]
+        LOGGER.info(f"{PREFIX}{self.name}: {len(self.runs)} runs, {len(self.finished)} finished, {self.estimate()}")
+        if self.plan:
+            for run in self.runs:
+                LOGGER.info(f"{run.name:<32}{self.state(run)}")
+            return 0
+        if not waiting:
+            return 0
+        if self.splits is None:
+            settings = waiting[0].arm.config
+            found = tuple(available_splits(settings["task"], data_of(waiting[0])))
+            waiting = [Run(r.experiment, r.arm, r.seed, r.folder, r.device, found) for r in waiting]
+        failed: list[str] = []
+        bar = TQDM(total=len(self.runs), initial=len(self.finished), desc=self.name)
+        for run, outcome in LAUNCHERS[self.launcher](waiting):
+            if isinstance(outcome, Exception):
+                failed.append(f"{run.name}: {type(outcome).__name__}: {outcome}. See {run.folder / 'log.txt'}")
+                LOGGER.error(f"{PREFIX}{failed[-1]}")
+            else:
+                write_record(self.record_path(run), outcome)
+            bar.set_description(f"{self.name} {run.name}{f', {len(failed)} failed' if failed else ''}")
+            bar.update(1)
+        bar.close()
+        done = len(self.runs) - len(failed)
+        LOGGER.info(f"{PREFIX}{done} of {len(self.runs)} runs finished. Table: yolo-sos table {self.name}")
+        return len(failed)
+
+    def state(self, run: Run) -> str:
+        """Return how far a run is, in words."""
+        if run in self.finished:
+            return "finished"
+        done, epochs = run.epochs_done, run.arm.config["epochs"]
+        return f"{done} of {epochs} epochs" if done else "to do"
+
+    def estimate(self) -> str:
+        """Return how long the rest will take, one run after another, by the runs that are there."""
+        seconds = [read_record(self.record_path(run))["wall_time"] for run in self.finished]
+        for run in self.runs:
+            csv = run.folder / "results.csv"
+            if run not in self.finished and csv.exists() and (done := run.epochs_done):
+                seconds.append(wall_time(csv) / done * run.arm.config["epochs"])
+        left = sum(1 - run.epochs_done / run.arm.config["epochs"] for run in self.runs if run not in self.finished)
+        if not seconds:
+            return "no estimate of time before one run has trained an epoch"
+        return f"about {left * median(seconds) / 3600:.1f} h left, one after another"
+
+
+def experiment_name(name: str, folder: Path) -> str:
+    """Return what an experiment is called in records: as it was given, or the name of the user's folder."""
+    return folder.name if Path(name).is_absolute() or ".." in Path(name).parts else Path(name).as_posix()
+
+
+def _names(key: str, value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    names = value.removeprefix("[").removesuffix("]").split(",") if isinstance(value, str) else list(value)
+    names = [str(name).strip() for name in names]
+    if not all(names):
+        raise ValueError(f"'{key}={value}' is invalid: {key} must be names with commas between them.")
+    return tuple(names)
+
+
+def _seeds(value: int | Sequence[int]) -> tuple[int, ...]:
+    seeds = (value,) if isinstance(value, int) else tuple(value) if isinstance(value, (list, tuple)) else ()
+    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"'seeds={value}' is invalid: seeds must be different integers of at least 0, such as 0,1,2.")
+    return seeds
