@@ -27,9 +27,7 @@ import json
 import platform
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +37,7 @@ import numpy as np
 import yaml
 
 import yolo_sos
-from yolo_sos.data.voc import read_annotation, read_image_set
+from yolo_sos.data.voc import read_image_set
 from yolo_sos.evaluate import (
     Detections,
     GroundTruth,
@@ -51,15 +49,12 @@ from yolo_sos.evaluate import (
     read_coco_truth,
     read_voc_detections,
     report_json,
-    snap,
     table,
     voc_ap,
-    voc_truth,
     write_coco_detections,
     write_coco_truth,
     write_voc_detections,
 )
-from yolo_sos.evaluate.boxes import first_duplicate
 from yolo_sos.evaluate.coco import BACKENDS, load_backend
 from yolo_sos.evaluate.report import notes
 from yolo_sos.files import write_text
@@ -140,8 +135,10 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)  # better refused now than after the models have run
     truth = ground_truth(args)
     if args.weights:
+        from yolo_sos.experiment.detections import load_detector
+
         for path in sources:
-            load_model(path, truth)  # for its checks: better now than after the others have run
+            load_detector(path, truth)  # for its checks: better now than after the others have run
 
     runs: list[Run] = []
     curves: list[VOCResult] = []
@@ -232,24 +229,14 @@ def read_detections(path: Path, truth: GroundTruth, split: str) -> Detections:
     return read_voc_detections(path, truth, split) if path.is_dir() else read_coco_detections(path, truth)
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """A split of a data set: its images with their YOLO labels, as Ultralytics reads them, and its VOC XML, if any."""
-
-    labels: list[dict[str, Any]]
-    xml: list[Path]
-
-    def stems(self) -> list[str]:
-        """Return the names of the images without folder and suffix."""
-        return [Path(d["im_file"]).stem for d in self.labels]
-
-
 def ground_truth(args: argparse.Namespace) -> GroundTruth:
     """Read the best ground truth there is: --annotations, the data set's VOC XML, or its labels."""
+    from yolo_sos.experiment.detections import read_data_set, xml_truth
+
     names = class_names(args.data) if args.data else None
     data = read_data_set(args.data, args.split) if args.weights or not args.annotations else None
     if data and not args.annotations:
-        return xml_truth(data.xml, names) if data.xml else label_truth(data, names or [])
+        return data.truth()
     path = Path(args.annotations)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -279,53 +266,6 @@ def class_names(data: str) -> list[str]:
         raise ValueError(f"{data}: must be YAML with the class names under 'names': {type(e).__name__}: {e}") from e
 
 
-def read_data_set(path: str, split: str) -> DataSet:
-    """Read one split of a data set; the key `voc` of the data YAML names the folder of its XML."""
-    from ultralytics.data import YOLODataset
-    from ultralytics.data.utils import check_det_dataset
-
-    try:
-        data = check_det_dataset(path, split=split)
-        labels = YOLODataset(img_path=data[split], data=data, task="detect", augment=False).labels
-    except (SyntaxError, TypeError, AssertionError) as e:  # how Ultralytics refuses a data YAML
-        raise ValueError(f"{path}: {e}") from e
-    files = [Path(d["im_file"]) for d in labels]
-    if (twice := first_duplicate(f.stem for f in files)) is not None:
-        raise ValueError(
-            f"{path}: two images of split '{split}' are called '{twice}'; an id must say which one is meant"
-        )
-    if not (folder := data.get("voc")):
-        return DataSet(labels, [])
-    root = Path(data["path"]).resolve() / "images"
-    if outside := [f for f in files if not f.is_relative_to(root)]:
-        raise ValueError(f"{path}: 'voc: {folder}' is to be laid out like {root}, but {outside[0]} is not in there")
-    return DataSet(labels, [root.parent / folder / f.relative_to(root).with_suffix(".xml") for f in files])
-
-
-def xml_truth(paths: Sequence[Path], names: Sequence[str] | None) -> GroundTruth:
-    """Read VOC annotations."""
-    if missing := [p for p in paths if not p.is_file()]:
-        raise FileNotFoundError(f"{missing[0]}: no such file; {len(missing)} of {len(paths)} annotations are missing")
-    return voc_truth([read_annotation(p) for p in paths], names, str(paths[0].parent))
-
-
-def label_truth(data: DataSet, names: Sequence[str]) -> GroundTruth:
-    """Make a ground truth of YOLO labels, fractions of the image's size; it does not know what is difficult."""
-    labels = sorted(data.labels, key=lambda d: Path(d["im_file"]).stem)
-    boxes = []
-    for d in labels:
-        (height, width), (centre, size) = d["shape"], np.hsplit(np.asarray(d["bboxes"], np.float64).reshape(-1, 4), 2)
-        boxes.append(np.hstack([centre - size / 2, centre + size / 2]) * [width, height, width, height])
-    counts = [len(b) for b in boxes]
-    return GroundTruth.build(
-        classes=names,
-        images=[Path(d["im_file"]).stem for d in labels],
-        image=np.repeat(np.arange(len(labels)), counts),
-        label=np.concatenate([d["cls"].reshape(-1) for d in labels]).astype(int),
-        boxes=snap(np.concatenate(boxes)),
-    )
-
-
 def voc_tree(path: Path) -> Path:
     """Return the VOC tree: the folder itself, or the only one in a VOCdevkit folder."""
     trees = [path] if (path / "Annotations").is_dir() else [p.parent for p in sorted(path.glob("*/Annotations"))]
@@ -335,80 +275,21 @@ def voc_tree(path: Path) -> Path:
     return trees[0]
 
 
-def load_model(path: Path, truth: GroundTruth) -> Any:
-    """Load a checkpoint, and check that it detects classes of the ground truth."""
-    from ultralytics import YOLO
-
-    try:
-        model = YOLO(path)
-    except Exception as e:  # torch and Ultralytics raise whatever they stumble over
-        raise ValueError(f"{path}: not a checkpoint that Ultralytics can load: {type(e).__name__}: {e}") from e
-    if model.task != "detect":
-        raise ValueError(f"{path}: a model for '{model.task}'; to be evaluated here it must be one for 'detect'")
-    if unknown := [name for name in model.names.values() if name not in truth.classes]:
-        raise ValueError(f"{path}: predicts an unknown class '{unknown[0]}'; there are {', '.join(truth.classes)}")
-    return model
-
-
 def run_model(path: Path, truth: GroundTruth, args: argparse.Namespace) -> tuple[Detections, dict[str, Any]]:
-    """Run Ultralytics' val and take its detections, in pixels of the original image, on the way."""
-    import torch
-    from ultralytics.models.yolo.detect import DetectionValidator
-    from ultralytics.utils import ops
+    """Run a model, and say what it was and what Ultralytics' val said of it."""
+    from yolo_sos.experiment.detections import detect
 
-    model = load_model(path, truth)
-    images = {stem: i for i, stem in enumerate(truth.stems)}
-    labels = np.array([truth.classes.index(model.names[c]) for c in range(len(model.names))])
-    found: list[tuple[int, np.ndarray]] = []
-    used: dict[str, Any] = {}  # val may raise max_det
-
-    class Collector(DetectionValidator):
-        def update_metrics(self, preds: list[dict[str, Any]], batch: dict[str, Any]) -> None:
-            for i, pred in enumerate(preds):
-                image = self._prepare_batch(i, batch)
-                boxes = ops.xyxy2xywh(pred["bboxes"].cpu().double())  # as xyxy, scale_boxes would clip them too
-                boxes = ops.scale_boxes(image["imgsz"], boxes, image["ori_shape"], image["ratio_pad"], xywh=True)
-                boxes = ops.xywh2xyxy(boxes)
-                if args.clip:
-                    ops.clip_boxes(boxes, image["ori_shape"])
-                rows = torch.column_stack([pred["conf"].cpu().double(), pred["cls"].cpu().double(), boxes])
-                found.append((images[Path(image["im_file"]).stem], rows.numpy()))
-            super().update_metrics(preds, batch)
-
-        def finalize_metrics(self) -> None:
-            used.update({k: getattr(self.args, k) for k in ("imgsz", "rect", "batch", "conf", "iou", "max_det")})
-            super().finalize_metrics()
-
-    options = {"imgsz": args.imgsz, "device": args.device}
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            metrics = model.val(
-                validator=Collector,
-                data=args.data,
-                split=args.split,
-                conf=args.conf,
-                iou=args.nms_iou,
-                max_det=args.max_det,
-                batch=args.batch,
-                plots=False,
-                project=folder,
-                **{k: v for k, v in options.items() if v is not None},
-            )
-    except Exception as e:  # the inputs were checked, so this is not one of REFUSED
-        raise RuntimeError(f"{path}: Ultralytics' val failed") from e
-    table = np.concatenate([rows for _, rows in found])
-    detections = Detections.build(
-        truth,
-        image=np.repeat([i for i, _ in found], [len(rows) for _, rows in found]),
-        label=labels[table[:, 1].astype(int)],
-        score=table[:, 0],
-        boxes=snap(table[:, 2:]),
-        where=f"{path}, detection {{}}".format,
-    )
-    details: dict[str, Any] = {"weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "val_settings": used}
-    if [*model.names.values()] == class_names(args.data):  # val goes by number: with other names it measures nothing
-        details["ultralytics_val"] = {"mAP50": float(metrics.box.map50), "mAP50-95": float(metrics.box.map)}
-    return detections, details
+    settings = {k: getattr(args, k) for k in ("data", "split", "conf", "max_det", "imgsz", "batch", "device")}
+    settings = {k: v for k, v in settings.items() if v is not None}  # or None would take the place of the checkpoint's
+    validation = detect(path, truth, clip=args.clip, iou=args.nms_iou, **settings)
+    details: dict[str, Any] = {
+        "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "val_settings": validation.settings,
+    }
+    if list(validation.names) == class_names(args.data):  # val goes by number: with other names it measures nothing
+        own = validation.metrics
+        details["ultralytics_val"] = {"mAP50": own["metrics/mAP50(B)"], "mAP50-95": own["metrics/mAP50-95(B)"]}
+    return validation.found, details
 
 
 def ultralytics_ap(truth: GroundTruth, found: Detections) -> tuple[np.ndarray, np.ndarray]:
