@@ -81,4 +81,4 @@ def read_cfg(path: Path, default: Path | None = None, above: tuple[Path, ...] = 
     if not base:
         return content
     below = default if default and base == "default.yaml" else (path.parent / base).resolve()
-    return {**read_cfg(below, None, (*above, path)), **content}
+    return {**read_cfg(below, default, (*above, path)), **content}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ultralytics.data import utils as host
-from ultralytics.utils import LOGGER, YAML, checks
+from ultralytics.utils import LOGGER, YAML, checks, downloads
+from ultralytics.utils import ROOT as HOST_ROOT
 
 from yolo_sos.data.convert import SplitCounts, convert_voc, yolo_box
 from yolo_sos.data.voc import VOCObject, annotation_paths, read_annotation
@@ -149,6 +151,58 @@ def test_several_trees_make_one_set(tree, tmp_path, warnings):
         convert_voc([a.root, a.root], tmp_path / "twice")
 
 
+def test_a_set_of_one_tree_among_several(tree, tmp_path, warnings):
+    a, b = tree("VOC2007"), tree("VOC2012")
+    splits = {"train": ["VOC2007/train", "val"], "val": "VOC2012/train", "test": "VOC2007/test"}
+    convert_voc([a.root, b.root], tmp_path / "out", splits=splits)
+    found = {split: sorted(p.stem for p in (tmp_path / "out/images" / split).iterdir()) for split in splits}
+    assert found["train"] == ["VOC2007_train", "VOC2007_val", "VOC2012_val"]
+    assert (found["val"], found["test"]) == (["VOC2012_train"], ["VOC2007_test"])
+    assert warnings == []
+    for wrong, error, message in [
+        ("VOC2010/train", ValueError, "val: no tree is called 'VOC2010'; there are VOC2007, VOC2012"),
+        ("VOC2012/minival", FileNotFoundError, r"VOC2012.*minival\.txt: no such image set"),
+    ]:
+        with pytest.raises(error, match=message):
+            convert_voc([a.root, b.root], tmp_path / "bad", splits={**splits, "val": wrong})
+
+
+def test_a_share_of_train_is_held_out_by_seed(tree, tmp_path):
+    def split(order, **options):
+        source = tree(f"VOC{len(list(tmp_path.iterdir()))}", ["test"])
+        for image_id in order:
+            source.add("train", f"{image_id:06d}", [VOCObject("cat", (1, 1, 9, 9))])
+        out = tmp_path / source.root.name
+        report = convert_voc(source.root, out, splits={"train": "train", "test": "test"}, **options)
+        assert YAML.load(out / "data.yaml")["val"] == "images/val"
+        held, kept = ({int(p.stem) for p in (out / "images" / part).iterdir()} for part in ("val", "train"))
+        assert held | kept == set(order) and held.isdisjoint(kept)
+        assert (report.splits["val"].images, report.splits["test"].images) == (len(held), 1)
+        return held
+
+    ids = list(range(40))
+    held = split(ids, val_share=0.25)
+    assert len(held) == 10 and held != set(ids[:10])
+    assert split(ids[::-1], val_share=0.25) == held
+    assert held != split(ids, val_share=0.25, seed=1)
+    assert held < split(ids, val_share=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val_share": 1.0}, "val_share=1.0: 'val' is a share of 'train'"),
+        ({"val_share": 0.0}, "val_share=0.0: 'val' is a share of 'train'"),
+        ({"val_share": 0.5, "splits": {"train": "train", "val": "val"}}, "val_share=0.5: .* or one of splits"),
+        ({"val_share": 0.1}, "val_share=0.1: of 1 images, 0 would be in 'val'"),
+    ],
+)
+def test_what_cannot_be_held_out(tree, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        convert_voc(tree().root, tmp_path / "out", **{"splits": {"train": "train", "test": "test"}, **options})
+    assert not (tmp_path / "out").exists()
+
+
 def test_classes_keep_the_order_they_are_given(tree, tmp_path):
     source = tree()
     report = convert_voc(source.root, tmp_path / "out", names={1: "cat", 0: "dog"})
@@ -236,3 +290,61 @@ def test_bccd_as_the_host_downloads_it(tmp_path, monkeypatch, warnings):
     assert any("BloodImage_00338.xml: box (504.0, 337.0, 504.0, 337.0) of a 'RBC'" in w for w in degenerate)
     assert any("BloodImage_00343.xml: box (181.0, 329.0, 181.0, 329.0) of a 'RBC'" in w for w in degenerate)
     assert list(data["names"].values()) == ["Platelets", "RBC", "WBC"]
+
+
+def voc_devkit(folder, tree):
+    """Make a VOCdevkit folder as the archives of 2007 and 2012 hold it, difficult objects among them."""
+    names = list(YAML.load(ROOT / "cfg/datasets/VOC-devkit.yaml")["names"].values())
+    for year, prefix, sets in ("2007", "", {"trainval": 20, "test": 6}), ("2012", "2008_", {"trainval": 30}):
+        source, numbers = tree(f"VOC{year}", []), count(1)
+        for image_set, n_images in sets.items():
+            for number in islice(numbers, n_images):
+                difficult = VOCObject("person", (2, 2, 40, 40), difficult=True)
+                objects = [VOCObject(names[number % 20], (11, 6, 30, 25)), *([difficult] if number % 2 else [])]
+                source.add(image_set, f"{prefix}{number:06d}", objects)
+        folder.mkdir(parents=True, exist_ok=True)
+        source.root.rename(folder / f"VOC{year}")
+    # The test images of VOC2012 may be there, but nobody has their annotations
+    (folder / "VOC2012/ImageSets/Main/test.txt").write_text("2012_000001\n")
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["VOC_ROOT", "downloaded"])
+def test_voc_as_the_host_prepares_it(given, tree, tmp_path, monkeypatch):
+    datasets, asked = tmp_path / "datasets", []
+
+    def download(urls, dir, **_):
+        asked.extend(urls)
+        voc_devkit(Path(dir) / "VOCdevkit", tree)
+
+    monkeypatch.setattr(host, "DATASETS_DIR", datasets)
+    monkeypatch.setattr(downloads, "download", download)
+    monkeypatch.delenv("VOC_ROOT", raising=False)
+    if given:
+        voc_devkit(tmp_path / "elsewhere", tree)
+        monkeypatch.setenv("VOC_ROOT", str(tmp_path / "elsewhere"))
+    yaml = str(ROOT / "cfg/datasets/VOC-devkit.yaml")
+    data = host.check_det_dataset(yaml)
+    stock = YAML.load(HOST_ROOT / "cfg/datasets/VOC.yaml")
+    assert data["names"] == stock["names"]
+    assert [url for url in asked if url.rsplit("/", 1)[1] not in stock["download"]] == []
+    assert len(asked) == (0 if given else 3)
+
+    root = tmp_path / "elsewhere" if given else datasets / "VOCdevkit"
+    ids = {split: {p.stem for p in Path(data[split]).iterdir()} for split in ("train", "val", "test")}
+    lists = [(root / f"VOC{year}/ImageSets/Main/trainval.txt").read_text().split() for year in ("2007", "2012")]
+    assert ids["train"] | ids["val"] == {*lists[0], *lists[1]}
+    assert (len(ids["train"]), len(ids["val"])) == (45, 5)
+    assert ids["test"] == set((root / "VOC2007/ImageSets/Main/test.txt").read_text().split())
+    for split in ids:
+        images = sorted(Path(data[split]).iterdir())
+        for path, xml in zip(images, annotation_paths(data, split).values(), strict=True):
+            objects = read_annotation(xml).objects
+            (line,) = labels(Path(host.img2label_paths([str(path)])[0]))  # what is difficult is no label
+            assert data["names"][int(line[0])] == objects[0].name
+            assert corners(line, 64, 48) == pytest.approx((11, 6, 30, 25), abs=1e-4)
+            aside = datasets / "VOC-devkit/difficult" / split / f"{path.stem}.txt"
+            assert aside.exists() == (len(objects) == 2)
+    held = ids["val"]
+    shutil.rmtree(datasets / "VOC-devkit")
+    monkeypatch.setenv("VOC_ROOT", str(root))
+    assert {p.stem for p in Path(host.check_det_dataset(yaml)["val"]).iterdir()} == held

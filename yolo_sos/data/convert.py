@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
 
@@ -90,6 +91,8 @@ def convert_voc(
     out: str | Path,
     *,
     splits: Mapping[str, str | Sequence[str]] = SPLITS,
+    val_share: float | None = None,
+    seed: int = 0,
     names: Sequence[str] | Mapping[int, str] | None = None,
     copy: bool = False,
 ) -> ConversionReport:
@@ -102,7 +105,11 @@ def convert_voc(
             VOCdevkit/VOC2012.
         out (str | Path): The folder to make. It appears when it is complete.
         splits (Mapping[str, str | Sequence[str]]): For ``train``, ``val`` and, optionally, ``test``: the image sets
-            that it takes. A set is taken from every tree that has it.
+            that it takes. A set is taken from every tree that has it, ``VOC2007/test`` from the tree of that name.
+        val_share (float | None): Share of the images of ``train`` to hold out as ``val``, which `splits` then leaves
+            out; above 0 and below 1.
+        seed (int): Which images are held out. Not their order but their ids and the seed decide, by a hash, so that
+            every machine and version holds out the same ones.
         names (Sequence[str] | Mapping[int, str] | None): Class names in the order of their indices, as in a data YAML;
             None for those that occur in any split, sorted.
         copy (bool): Copy images and annotations instead of linking to them.
@@ -117,7 +124,7 @@ def convert_voc(
             images of the same id.
     """
     with new_folder(out) as folder:
-        report = write_yolo(folder, roots, splits=splits, names=names, copy=copy)
+        report = write_yolo(folder, roots, splits=splits, val_share=val_share, seed=seed, names=names, copy=copy)
     for split, n in report.splits.items():
         LOGGER.info(f"{out}: {split}: {n.images} images, {n.boxes} boxes, {n.difficult} difficult objects kept aside")
     return report
@@ -128,6 +135,8 @@ def write_yolo(
     roots: str | Path | Sequence[str | Path],
     *,
     splits: Mapping[str, str | Sequence[str]] = SPLITS,
+    val_share: float | None = None,
+    seed: int = 0,
     names: Sequence[str] | Mapping[int, str] | None = None,
     copy: bool = False,
 ) -> ConversionReport:
@@ -137,23 +146,30 @@ def write_yolo(
         folder (Path): The folder to fill.
         roots (str | Path | Sequence[str | Path]): As for `convert_voc`, as are the rest and the exceptions.
         splits (Mapping[str, str | Sequence[str]]): See there.
+        val_share (float | None): See there.
+        seed (int): See there.
         names (Sequence[str] | Mapping[int, str] | None): See there.
         copy (bool): See there.
 
     Returns:
         (ConversionReport): What was found.
     """
-    if not {"train", "val"} <= set(splits) <= {"train", "val", "test"}:
+    if val_share is not None and not ("val" not in splits and 0 < val_share < 1):
+        raise ValueError(f"val_share={val_share}: 'val' is a share of 'train', above 0 and below 1, or one of splits")
+    if not {"train", "val"} <= {*splits, *(["val"] if val_share else [])} <= {"train", "val", "test"}:
         raise ValueError(f"splits: a data YAML has 'train', 'val' and, optionally, 'test'; not {list(splits)}")
     trees = [Path(roots)] if isinstance(roots, str | Path) else [Path(r) for r in roots]
     samples = {split: _read_split(trees, split, [s] if isinstance(s, str) else s) for split, s in splits.items()}
+    if val_share:
+        train, val = _hold_out(samples.pop("train"), val_share, seed)
+        samples = {"train": train, "val": val, **samples}
     _warn_of_overlap(samples)
     classes = _class_names(names, samples)
     writer = _Writer(folder, {name: i for i, name in enumerate(classes)}, copy)
     counts = {split: writer.write_split(split, of_split) for split, of_split in samples.items()}
     YAML.save(
         folder / "data.yaml",  # no path: the host takes the file's own folder, so the data set can be moved
-        {**{s: f"images/{s}" for s in splits}, "names": dict(enumerate(classes)), "voc": "annotations"},
+        {**{s: f"images/{s}" for s in samples}, "names": dict(enumerate(classes)), "voc": "annotations"},
     )
     return ConversionReport(classes, counts, tuple(writer.degenerate), tuple(writer.resized))
 
@@ -183,9 +199,13 @@ def yolo_box(box: Box, width: int, height: int) -> Box | None:
 
 def _read_split(trees: Sequence[Path], split: str, sets: Sequence[str]) -> list[_Sample]:
     samples: dict[str, _Sample] = {}
-    for image_set in sets:
-        having = [t for t in trees if (t / "ImageSets" / "Main" / f"{image_set}.txt").is_file()]
-        for tree in having or trees:  # none has it: the first will say so, and what it has instead
+    for name in sets:
+        tree_name, _, image_set = name.rpartition("/")
+        among = [t for t in trees if t.name == tree_name] if tree_name else trees
+        if not among:
+            raise ValueError(f"{split}: no tree is called '{tree_name}'; there are {', '.join(t.name for t in trees)}")
+        having = [t for t in among if (t / "ImageSets" / "Main" / f"{image_set}.txt").is_file()]
+        for tree in having or among:  # none has it: the first will say so, and what it has instead
             ids, images = read_image_set(tree, image_set), _images(tree)
             for image_id in TQDM(ids, desc=f"{split}: reading {tree.name}/{image_set}"):
                 xml = tree / "Annotations" / f"{image_id}.xml"
@@ -202,6 +222,17 @@ def _read_split(trees: Sequence[Path], split: str, sets: Sequence[str]) -> list[
     if not samples:
         raise ValueError(f"{split}: no image set is named, so it would have no images")
     return list(samples.values())
+
+
+def _hold_out(samples: list[_Sample], share: float, seed: int) -> tuple[list[_Sample], list[_Sample]]:
+    """Divide samples into those that stay and those held out, both in their order."""
+    count = round(share * len(samples))
+    if not 0 < count < len(samples):
+        raise ValueError(f"val_share={share}: of {len(samples)} images, {count} would be in 'val'; both need some")
+    drawn = sorted(samples, key=lambda s: sha256(f"{seed} {s.annotation.image_id}".encode()).digest())[:count]
+    ids = {s.annotation.image_id for s in drawn}
+    held, kept = ([s for s in samples if (s.annotation.image_id in ids) is wanted] for wanted in (True, False))
+    return kept, held
 
 
 def _images(tree: Path) -> dict[str, Path]:
