@@ -1,0 +1,107 @@
+# yolo-sos, AGPL-3.0
+"""What a record keeps of a model on one split, against the host's own val and the evaluation tool."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.nn.tasks import ClassificationModel
+from ultralytics.utils import LOGGER
+
+from yolo_sos.data.image_folder import build_image_folder
+from yolo_sos.experiment.judge import judge
+
+TOOL = Path(__file__).parents[2] / "tools" / "eval_voc.py"
+SETTINGS = {"imgsz": 64, "batch": 8, "device": "cpu"}
+HOST = {"metrics/precision(B)", "metrics/recall(B)", "metrics/mAP50(B)", "metrics/mAP50-95(B)", "fitness"}
+DEVKIT = {"devkit/AP50-07", "devkit/AP50-10"}
+
+
+@pytest.fixture(scope="module")
+def weights(digits, tiny, tmp_path_factory):
+    """A detector that has learned its 24 images by heart, so that there is something to score."""
+    stay = {"mosaic": 0.0, "scale": 0.0, "translate": 0.0, "hsv_s": 0.0, "hsv_v": 0.0, "fliplr": 0.0}
+    quick = {"optimizer": "AdamW", "lr0": 0.005, "warmup_epochs": 0, "nbs": 8, "epochs": 55, "val": False}
+    folder = tmp_path_factory.mktemp("runs")
+    off = {"plots": False, "workers": 0, "project": str(folder), "name": "run", "verbose": False}
+    YOLO(tiny).train(data=str(digits), **SETTINGS, **stay, **quick, **off)
+    return folder / "run" / "weights" / "last.pt"
+
+
+def tool_report(weights, data, split, folder) -> dict:
+    """Return what tools/eval_voc.py says of the same weights."""
+    argv = ["--weights", weights, "--data", data, "--split", split, "--json", folder / "eval.json"]
+    argv += ["--imgsz", SETTINGS["imgsz"], "--batch", SETTINGS["batch"], "--device", SETTINGS["device"]]
+    assert runpy.run_path(str(TOOL))["main"]([str(a) for a in argv]) == 0
+    return json.loads((folder / "eval.json").read_text())
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_detection_is_judged_as_by_the_host_and_by_the_devkit(split, weights, digits, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    level = LOGGER.level
+    metrics = judge(weights, str(digits), split, **SETTINGS, task="detect")
+    assert not list(tmp_path.iterdir()) and LOGGER.level == level
+    assert "".join(capfd.readouterr()) == ""
+    assert metrics == judge(weights, str(digits), split, **SETTINGS, task="detect")
+
+    stock = YOLO(weights).val(data=str(digits), split=split, plots=False, project=str(tmp_path), **SETTINGS)
+    assert {k: metrics[k] for k in HOST} == stock.results_dict
+    report = tool_report(weights, digits, split, tmp_path)
+    assert metrics["devkit/AP50-07"] == report["mean"]["VOC07"]
+    assert metrics["devkit/AP50-10"] == report["mean"]["VOC10+"]
+    assert metrics.keys() == HOST | DEVKIT
+    # Counted by other code from the detections in pixels
+    assert report["mean"]["Ultralytics AP50"] == pytest.approx(metrics["metrics/mAP50(B)"], abs=2e-3)
+    assert split == "val" or metrics["metrics/mAP50(B)"] > 0.3  # there was something to compare
+
+
+def test_without_annotations_there_is_no_devkit_metric(weights, digits):
+    labels = digits.with_name("labels.yaml")
+    labels.write_text(re.sub("^voc:.*\n", "", digits.read_text(), flags=re.MULTILINE))
+    metrics = judge(weights, str(labels), "train", **SETTINGS, task="detect")
+    whole = judge(weights, str(digits), "train", **SETTINGS, task="detect")
+    assert metrics == {k: whole[k] for k in HOST}
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A data set of noise in four classes, and a classifier of random weights."""
+    folder, rng = tmp_path_factory.mktemp("classifier"), np.random.default_rng(0)
+    noise = rng.integers(0, 256, (16, 32, 32), np.uint8), np.arange(16) % 4
+    data = build_image_folder(folder / "set", {}, lambda: dict.fromkeys(("train", "val", "test"), noise), [*"abcd"])
+    torch.manual_seed(0)
+    model = YOLO("yolov8n-cls.yaml")
+    model.model = ClassificationModel("yolov8n-cls.yaml", nc=4, verbose=False)
+    model.model.names, model.model.task = dict(enumerate("abcd")), "classify"
+    model.save(folder / "random.pt")
+    return data, folder / "random.pt"
+
+
+def test_classification_is_judged_as_by_the_host(classifier, tmp_path, monkeypatch):
+    data, weights = classifier
+    monkeypatch.chdir(tmp_path)
+    settings = {"imgsz": 32, "batch": 8, "device": "cpu"}
+    metrics = judge(weights, str(data), "test", **settings, task="classify")
+    assert not list(tmp_path.iterdir())
+    stock = YOLO(weights).val(data=str(data), split="test", plots=False, project=str(tmp_path), **settings)
+    assert metrics == stock.results_dict and 0 < metrics["metrics/accuracy_top1"] < 1
+
+
+def test_what_cannot_be_judged_is_refused(weights, classifier, digits, tmp_path):
+    level = LOGGER.level
+    for path, split, error, message in [
+        (tmp_path / "no.pt", "val", FileNotFoundError, r"no\.pt: no such checkpoint"),
+        (classifier[1], "val", ValueError, r"random\.pt: a model for 'classify'"),
+        (weights, "other", FileNotFoundError, r"data\.yaml 'other:'"),
+    ]:
+        with pytest.raises(error, match=message):
+            judge(path, str(digits), split, **SETTINGS, task="detect")
+    assert LOGGER.level == level
