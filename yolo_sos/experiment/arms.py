@@ -83,6 +83,9 @@ def read_arms(
     files = {path.stem: path for path in sorted(place.glob("*.yaml")) if path.name != DEFAULT}
     if not files:
         raise ValueError(f"{place}: there is no arm, a YAML file beside {DEFAULT}.")
+    for key in "data", "model":
+        if not shared.get(key):
+            raise ValueError(f"{default}: it names no {key}. Give one for all arms: {key}=…")
     arms = {}
     for name in _ordered(files if chosen is None else chosen):
         if name not in files:

@@ -11,7 +11,7 @@ from typing import Any
 from ultralytics.utils import LOGGER, TQDM, colorstr
 
 from yolo_sos.experiment.arms import find_experiment, read_arms
-from yolo_sos.experiment.launch import LAUNCHERS
+from yolo_sos.experiment.launch import LAUNCHERS, check_launcher
 from yolo_sos.experiment.record import difference, read_record, record_path, wall_time, write_record
 from yolo_sos.experiment.run import Run, available_splits, data_of
 
@@ -52,8 +52,7 @@ class Experiment:
         **overrides: Any,
     ):
         """Check everything that can be checked without the data."""
-        if launcher not in LAUNCHERS:
-            raise ValueError(f"'launcher={launcher}' is invalid: launcher must be one of {', '.join(LAUNCHERS)}.")
+        check_launcher(launcher)
         if not isinstance(plan, bool):
             raise ValueError(f"'plan={plan}' is invalid: plan must be true or false.")
         folder = find_experiment(name)

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from yolo_sos.experiment.run import Run, execute
 
 Outcome = tuple[Run, dict[str, Any] | Exception]
+RETRIES = 3  # when a worker dies: the run resumes on another one, from its last epoch
 
 
 def local(runs: Sequence[Run]) -> Iterator[Outcome]:
@@ -20,4 +24,57 @@ def local(runs: Sequence[Run]) -> Iterator[Outcome]:
             yield run, e
 
 
-LAUNCHERS: dict[str, Callable[[Sequence[Run]], Iterator[Outcome]]] = {"local": local}
+def on_ray(runs: Sequence[Run]) -> Iterator[Outcome]:
+    """Execute runs as tasks of the Ray cluster that ``RAY_ADDRESS`` names, or of one on this machine.
+
+    Each task takes one CPU, or as many GPUs as its ``device`` names; one, where none is named and the cluster has some.
+    Runs are yielded as they finish. Their folders must lie where every node sees them for a run to resume on another.
+    """
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False)
+    try:
+        any_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        waiting = {}
+        for run in runs:
+            gpus = _gpus(run.device, any_gpu)
+            # Ray shows a task its own GPUs alone, counted from 0.
+            placed = replace(run, device=",".join(map(str, range(gpus))) or "cpu", folder=run.folder.resolve())
+            task = ray.remote(_execute_in).options(
+                num_cpus=1, num_gpus=gpus, max_retries=RETRIES, name=f"{run.experiment} {run.name}"
+            )
+            waiting[task.remote(os.getcwd(), placed)] = run
+        while waiting:
+            (done, *_), _ = ray.wait(list(waiting), num_returns=1)
+            run = waiting.pop(done)
+            try:
+                yield run, ray.get(done)
+            except Exception as e:
+                yield run, getattr(e, "cause", None) or e  # what the task raised, without the way that it came
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _execute_in(folder: str, run: Run) -> dict[str, Any]:
+    os.chdir(folder)  # names of data sets and models may be relative
+    return execute(run)
+
+
+def _gpus(device: str, any_gpu: bool) -> int:
+    if device in {"", "None", "-1"}:
+        return int(any_gpu)
+    return 0 if device in {"cpu", "mps"} else len(device.strip("[]").split(","))
+
+
+def check_launcher(name: str) -> None:
+    """Raise a ``ValueError`` if there is no launcher of that name, or if it needs what is not installed."""
+    if name not in LAUNCHERS:
+        raise ValueError(f"'launcher={name}' is invalid: launcher must be one of {', '.join(LAUNCHERS)}.")
+    if name == "ray" and find_spec("ray") is None:
+        raise ValueError("launcher=ray needs Ray. Install it with: pip install 'yolo-sos[ray]'")
+
+
+LAUNCHERS: dict[str, Callable[[Sequence[Run]], Iterator[Outcome]]] = {"local": local, "ray": on_ray}

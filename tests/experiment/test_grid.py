@@ -1,0 +1,174 @@
+# yolo-sos, AGPL-3.0
+"""Arms × seeds from end to end: what is finished stays, what was interrupted goes on, what fails does not stop the rest."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ultralytics import YOLO
+
+from yolo_sos.cli import main
+from yolo_sos.experiment import run as running
+from yolo_sos.experiment.grid import Experiment
+from yolo_sos.experiment.record import KEYS, read_record
+from yolo_sos.train import SOSDetectionTrainer
+
+RECORDS = Path("results/little/records")
+
+
+def epochs(folder: Path) -> list[int]:
+    with open(folder / "results.csv", newline="") as f:
+        return [int(row["epoch"]) for row in csv.DictReader(f, skipinitialspace=True)]
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """The names of the runs that are trained, in order; a callable put into ``before`` is called with each."""
+    names: list[str] = []
+
+    def train(run):
+        names.append(run.name)
+        return real(run)
+
+    real = running.train
+    monkeypatch.setattr(running, "train", train)
+    return names
+
+
+def test_two_arms_and_two_seeds(experiment, trainings, capsys):
+    main(["experiment", "little", "seeds=0,1"])
+    assert trainings == ["baseline-0", "shift-0", "baseline-1", "shift-1"]
+    records = {path.stem: read_record(path) for path in RECORDS.glob("*.json")}
+    assert sorted(records) == sorted(trainings)
+    for name, record in records.items():
+        assert {*KEYS, "sos"} <= record.keys()
+        assert f"{record['arm']}-{record['seed']}" == name and record["experiment"] == "little"
+        assert record["metrics"].keys() == {"val", "test"}
+        assert record["wall_time"] > 0 and record["versions"]["torch"]
+        assert record["config"]["epochs"] == 2 and record["config"]["sos"] == (record["arm"] == "shift")
+        assert [row["epoch"] for row in record["sos"] if row["model"] == "ema"] == (
+            ["1"] * 6 if record["arm"] == "shift" else []
+        )
+        best = Path("runs/experiments/little") / name / "weights/best.pt"
+        found = YOLO(best).val(
+            data=record["config"]["data"], split="test", imgsz=64, batch=8, device="cpu", plots=False, project="again"
+        )
+        assert record["metrics"]["test"].items() >= found.results_dict.items()
+    losses = {(Path("runs/experiments/little") / name / "results.csv").read_text().split(",", 2)[2] for name in records}
+    assert len(losses) == 4  # each run is one of its own
+
+    before = {path: path.stat().st_mtime_ns for path in RECORDS.glob("*.json")}
+    main(["experiment", "little", "seeds=0,1"])
+    assert len(trainings) == 4 and before == {path: path.stat().st_mtime_ns for path in RECORDS.glob("*.json")}
+
+    capsys.readouterr()
+    main(["table", "little"])
+    table = json.loads((RECORDS.parent / "table.json").read_text())
+    assert {"table.md", "table.csv", "table.png"} <= {p.name for p in RECORDS.parent.iterdir()}
+    assert "shift" in (RECORDS.parent / "table.md").read_text() and table
+
+
+def test_a_plan_runs_nothing(experiment, trainings, capsys):
+    main(["experiment", "little", "seeds=3", "plan=true"])
+    assert not trainings and not Path("runs").exists() and not Path("results").exists()
+    grid = Experiment("little", seeds=(3, 4))
+    assert [grid.state(run) for run in grid.runs] == ["to do"] * 4
+    assert "no estimate" in grid.estimate()
+
+
+def test_an_interrupted_run_goes_on_where_it_was(experiment, trainings, monkeypatch):
+    grid = Experiment("little", seeds=0, arms="shift", epochs=4, splits="val")
+    with monkeypatch.context() as patch:
+        patch.setattr(SOSDetectionTrainer, "_setup_train", stop_after(2))
+        with pytest.raises(KeyboardInterrupt):
+            grid.run()
+    (run,) = grid.runs
+    assert not RECORDS.exists() and epochs(run.folder) == [1, 2]
+    again = Experiment("little", seeds=0, arms="shift", epochs=4, splits="val")
+    assert again.state(run) == "2 of 4 epochs" and "h left" in again.estimate()
+    assert again.run() == 0
+    record = read_record(RECORDS / "shift-0.json")
+    assert epochs(run.folder) == [1, 2, 3, 4]
+    assert {row["epoch"] for row in record["sos"]} == {"2"}
+
+    Experiment("little", seeds=0, arms="shift", epochs=4, splits="val,test").run()  # trained already: judged alone
+    assert read_record(RECORDS / "shift-0.json")["metrics"].keys() == {"val", "test"}
+    assert epochs(run.folder) == [1, 2, 3, 4]
+
+
+def stop_after(epoch: int):
+    """Return a ``_setup_train`` after which the run is interrupted at the end of an epoch, when it is saved."""
+    real = SOSDetectionTrainer._setup_train
+
+    def stop(trainer):
+        if trainer.epoch + 1 == epoch:
+            raise KeyboardInterrupt
+
+    def setup(self):
+        self.add_callback("on_model_save", stop)
+        real(self)
+
+    return setup
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(experiment, trainings, capsys):
+    (experiment / "broken.yaml").write_text("cfg: default.yaml\nsos: true\nsos_layers: [mask]\n")
+    with pytest.raises(SystemExit) as exit:
+        main(["experiment", "little", "seeds=0"])
+    assert exit.value.code == 1
+    assert trainings == ["baseline-0", "broken-0", "shift-0"]
+    assert sorted(path.stem for path in RECORDS.iterdir()) == ["baseline-0", "shift-0"]
+    assert "Traceback" in Path("runs/experiments/little/broken-0/log.txt").read_text()
+
+
+def test_a_record_of_other_settings_is_refused_and_kept(experiment, trainings):
+    Experiment("little", seeds=0, arms="baseline", splits="val").run()
+    record = (RECORDS / "baseline-0.json").read_bytes()
+    with pytest.raises(ValueError, match=r"baseline-0.json: was run with epochs=2, now it is 3"):
+        Experiment("little", seeds=0, epochs=3)
+    assert (RECORDS / "baseline-0.json").read_bytes() == record
+    (RECORDS / "baseline-0.json").unlink()
+    with pytest.raises(ValueError, match=r"run.json: was begun with epochs=2, now it is 3. Move the folder away"):
+        Experiment("little", seeds=0, epochs=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["little", "seeds=a"], "seeds must be different integers"),
+        (["little", "seeds=1,1"], "seeds must be different integers"),
+        (["little", "seeds=-1"], "seeds must be different integers"),
+        (["little", "arms=shft"], "Did you mean 'shift'"),
+        (["little", "splits=tst"], "splits must be of train, val, test"),
+        (["little", "launcher=slurm"], "launcher must be one of local, ray"),
+        (["little", "plan=maybe"], "plan must be true or false"),
+        (["little", "resume=true"], "'resume' is not a valid argument"),
+        (["little", "epochs=none"], "epochs"),
+        (["litle"], "'litle' is not an experiment"),
+        ([], "experiment takes one name"),
+        (["little", "little"], "experiment takes one name"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_runs(experiment, capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit:
+        main(["experiment", *arguments])
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+    assert not Path("runs").exists() and not Path("results").exists()
+
+
+def test_one_seed_gives_one_result(experiment):
+    for results in "one", "two":
+        main(["experiment", "little", "seeds=5", "arms=shift", f"results={results}", f"project={results}"])
+    one, two = (read_record(Path(name) / "little/records/shift-5.json") for name in ("one", "two"))
+    assert one["metrics"] == two["metrics"] and one["config"] == two["config"]
+
+
+def test_the_command_works_from_a_shell(experiment):
+    command = [sys.executable, "-m", "yolo_sos.cli", "experiment", "little", "seeds=0", "plan"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "baseline-0" in done.stdout and "to do" in done.stdout

@@ -1,0 +1,54 @@
+# yolo-sos, AGPL-3.0
+"""What records hold, and how two configs are told apart."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from yolo_sos.experiment.record import KEYS, difference, git_commit, read_record, wall_time, write_record
+
+RECORD = {key: None for key in KEYS}
+
+
+def test_a_record_comes_back(tmp_path):
+    path = tmp_path / "records" / "a-0.json"
+    record = {**RECORD, "metrics": {"val": {"top1": 0.5, "worst": float("nan")}}, "config": {"classes": (1, 2)}}
+    write_record(path, record)
+    back = read_record(path)
+    assert back["metrics"] == {"val": {"top1": 0.5, "worst": None}} and back["config"] == {"classes": [1, 2]}
+    assert difference(back["config"], record["config"]) is None
+    assert [p.name for p in path.parent.iterdir()] == ["a-0.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("[]", "not a record"), ("{", "not JSON"), (json.dumps({**RECORD, "seed": 0}), None)]
+)
+def test_what_is_no_record_is_named(tmp_path, text, message):
+    path = tmp_path / "b-0.json"
+    path.write_text(text)
+    if message is None:
+        assert read_record(path)["seed"] == 0
+        path.write_text(json.dumps({k: v for k, v in RECORD.items() if k != "device"}))
+        message = "it has no 'device'"
+    with pytest.raises(ValueError, match=rf"b-0.json.*{message}"):
+        read_record(path)
+
+
+def test_configs_differ_in_the_first_key_that_differs():
+    assert difference({"a": 1, "b": [1]}, {"b": (1,), "a": 1}) is None
+    assert difference({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 3, "c": 4}) == "b"
+    assert difference({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 3, "c": 4}, besides=("b",)) == "c"
+    assert difference({"a": None}, {}) is None  # a setting that an older release did not have yet
+
+
+def test_wall_time_counts_every_stretch(tmp_path):
+    csv = tmp_path / "results.csv"
+    csv.write_text("epoch,  time,loss\n1, 10,3\n2, 20,2\n3, 8,1\n4, 16,1\n5, 24,1\n")
+    assert wall_time(csv) == 20 + 24
+
+
+def test_the_commit_is_that_of_this_checkout():
+    commit = git_commit()
+    assert commit is None or len(commit.removesuffix("-dirty")) == 40

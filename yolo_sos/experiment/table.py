@@ -1,0 +1,420 @@
+# yolo-sos, AGPL-3.0
+"""What an experiment found, from the records of its runs alone: Markdown, CSV, JSON and a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import combinations
+from pathlib import Path
+from statistics import median
+from types import NoneType
+from typing import Any
+
+from ultralytics.utils import LOGGER, colorstr, plt_settings
+
+from yolo_sos.experiment.record import difference, read_record, record_path
+from yolo_sos.experiment.statistics import holm, least_p, mean_and_std, sign_flip_p, t_interval
+from yolo_sos.files import atomic_path, write_text
+
+PREFIX = colorstr("table: ")
+BASELINE = "baseline"
+PRIMARY = ("metrics/mAP50-95(B)", "metrics/accuracy_top1", "fitness")  # the first that the records hold
+ESSENTIALS = ("data", "model", "epochs", "imgsz", "batch", "optimizer")  # of the common config, told in the Markdown
+LEVEL = 0.95
+FIELDS: dict[str, tuple[type, ...]] = {
+    "experiment": (str,),
+    "arm": (str,),
+    "seed": (int,),
+    "metrics": (dict,),
+    "config": (dict,),
+    "differences": (list,),
+    "versions": (dict,),
+    "git_commit": (str, NoneType),
+    "device": (str,),
+    "wall_time": (int, float),
+}
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the table reads of the record of a run.
+
+    Attributes:
+        path (Path): The file.
+        arm (str): Name of the arm.
+        seed (int): Seed of the run.
+        metrics (dict[str, dict[str, float]]): Split → metric → value; nan where the run gave no number.
+        config (dict[str, Any]): The whole config, without the seed.
+        differences (tuple[str, ...]): Keys of the config that the arm sets.
+        origin (dict[str, str]): What ran, and where: versions, device, commit.
+        wall_time (float): Seconds of training.
+    """
+
+    path: Path
+    arm: str
+    seed: int
+    metrics: dict[str, dict[str, float]]
+    config: dict[str, Any]
+    differences: tuple[str, ...]
+    origin: dict[str, str]
+    wall_time: float
+
+    @classmethod
+    def read(cls, path: Path, experiment: str) -> Record:
+        """Read a record and check what the table needs of it.
+
+        Raises:
+            ValueError: If the file is no record of a run of this experiment; names the file and the key.
+        """
+        content = read_record(path)
+        for key, kinds in FIELDS.items():
+            if not isinstance(content[key], kinds):
+                names = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"{path}: '{key}' must be of type {names}, not {type(content[key]).__name__}.")
+        arm, seed, config, seconds = (content[key] for key in ("arm", "seed", "config", "wall_time"))
+        if content["experiment"] != experiment:
+            raise ValueError(f"{path}: 'experiment' is '{content['experiment']}', not '{experiment}'.")
+        name = record_path("", experiment, arm, seed).name
+        if path.name != name:  # a copy would count twice
+            raise ValueError(f"{path}: 'arm' and 'seed' are {arm} and {seed}; the record of that run is {name}.")
+        if "val" not in content["metrics"]:
+            raise ValueError(f"{path}: 'metrics.val' is missing.")
+        for key in content["differences"]:
+            if key not in config:
+                raise ValueError(f"{path}: 'config' lacks {json.dumps(key)}, which 'differences' names.")
+        if not (math.isfinite(seconds) and seconds > 0):
+            raise ValueError(f"{path}: 'wall_time' must be a number of seconds above 0, not {seconds}.")
+        metrics = {split: _numbers(values, f"{path}: 'metrics.{split}") for split, values in content["metrics"].items()}
+        origin = {**content["versions"], "device": content["device"], "commit": content["git_commit"] or "unknown"}
+        return cls(path, arm, seed, metrics, config, tuple(content["differences"]), origin, seconds)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm by one metric on one split. nan: not defined, or not for the baseline.
+
+    Attributes:
+        split (str): Split of the data.
+        metric (str): Name of the metric.
+        arm (str): Name of the arm.
+        values (dict[int, float]): Value by seed.
+        differences (dict[int, float]): Value less the baseline's by seed, for the seeds that both have; empty for the
+            baseline.
+        p_holm (float): p, corrected over the arms; nan but for the primary metric.
+    """
+
+    split: str
+    metric: str
+    arm: str
+    values: dict[int, float]
+    differences: dict[int, float]
+    p_holm: float
+
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """The row's line of the CSV."""
+        differences = list(self.differences.values())
+        mean, std = mean_and_std(list(self.values.values()))
+        low, high = t_interval(differences, LEVEL)
+        return {
+            **{"split": self.split, "metric": self.metric, "arm": self.arm},
+            **{"n": len(self.values), "mean": mean, "std": std},
+            **{"diff": mean_and_std(differences)[0], "low": low, "high": high},
+            **{"p": sign_flip_p(differences), "p_holm": self.p_holm, "n_pairs": len(differences)},
+        }
+
+
+class ResultTable:
+    """The table of an experiment's results, checked and ready to ``run``.
+
+    Records may differ in arm, in seed, and in the settings that one of their arms sets. Whatever else differs between
+    two configs is refused: a difference in the results would have two reasons.
+
+    Args:
+        experiment (str): Name of the experiment, such as ``bccd/screen``.
+        results (str | Path): Folder of all experiments' results; the records are in ``<experiment>/records``, the table
+            goes to ``<experiment>``.
+
+    Raises:
+        FileNotFoundError: If there are no records.
+        ValueError: If a file there is no record of this experiment, if configs differ where they may not, if there is
+            no arm ``baseline`` or no other, or if two arms have more than 40 seeds in common.
+    """
+
+    def __init__(self, experiment: str, results: str | Path = "results"):
+        """Read and check all records, and compute the rows."""
+        self.experiment = experiment
+        self.folder = Path(results) / experiment
+        folder = self.folder / "records"
+        # A name with a dot in front is a record that another process is writing.
+        paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+        if not paths:
+            raise FileNotFoundError(f"{folder}: there are no records of experiment '{experiment}'.")
+        records = [Record.read(path, experiment) for path in paths]
+        self.arms: dict[str, list[Record]] = {}
+        for record in sorted(records, key=lambda r: (r.arm != BASELINE, r.arm, r.seed)):
+            self.arms.setdefault(record.arm, []).append(record)
+        if BASELINE not in self.arms or len(self.arms) == 1:
+            lacking = "only an arm" if BASELINE in self.arms else "no arm"
+            found = ", ".join(self.arms)
+            raise ValueError(f"{folder}: {lacking} '{BASELINE}' to compare with; there are records of {found}.")
+        self.records = [record for of_arm in self.arms.values() for record in of_arm]
+        self._check_configs()
+        self.primary = self._primary()
+        self.splits = list(dict.fromkeys(split for r in self.records for split in r.metrics))
+        self.rows = [row for split in self.splits for name in self._metrics(split) for row in self._rows(split, name)]
+
+    def _check_configs(self) -> None:
+        for of_arm in self.arms.values():
+            for other in of_arm[1:]:
+                _check_equal(of_arm[0], other)
+        for one, other in combinations([of_arm[0] for of_arm in self.arms.values()], 2):
+            _check_equal(one, other, (*one.differences, *other.differences))
+
+    def _primary(self) -> str:
+        first = self.records[0]
+        primary = next((name for name in PRIMARY if name in first.metrics["val"]), None)
+        if primary is None:
+            raise ValueError(f"{first.path}: 'metrics.val' holds none of {', '.join(PRIMARY)}.")
+        for record in self.records:
+            for split, values in record.metrics.items():
+                if primary not in values:
+                    raise ValueError(f"{record.path}: 'metrics.{split}.{primary}' is missing.")
+        return primary
+
+    def _metrics(self, split: str) -> list[str]:
+        found = dict.fromkeys(name for r in self.records for name in r.metrics.get(split, {}))
+        return list(dict.fromkeys((self.primary, *found)))
+
+    def _rows(self, split: str, metric: str) -> list[Row]:
+        values = {
+            arm: {r.seed: r.metrics[split][metric] for r in of_arm if metric in r.metrics.get(split, {})}
+            for arm, of_arm in self.arms.items()
+        }
+        baseline = values[BASELINE]
+        differences = {
+            arm: {seed: v - baseline[seed] for seed, v in of_arm.items() if seed in baseline and arm != BASELINE}
+            for arm, of_arm in values.items()
+        }
+        corrected = [math.nan] * len(values)
+        if metric == self.primary:
+            corrected = holm([sign_flip_p(list(of_arm.values())) for of_arm in differences.values()])
+        return [
+            Row(split, metric, arm, values[arm], differences[arm], p)
+            for arm, p in zip(self.arms, corrected, strict=True)
+        ]
+
+    def time_ratios(self, arm: str) -> list[float]:
+        """Return an arm's training times over the baseline's, for the seeds that both have."""
+        baseline = {r.seed: r.wall_time for r in self.arms[BASELINE]}
+        return [r.wall_time / baseline[r.seed] for r in self.arms[arm] if r.seed in baseline]
+
+    def run(self) -> Path:
+        """Write ``table.md``, ``table.csv``, ``table.json`` and ``table.png``, and print the Markdown.
+
+        Returns:
+            (Path): The folder that they are in.
+        """
+        text = self.markdown()
+        write_text(self.folder / "table.md", text)
+        write_text(self.folder / "table.csv", self.csv())
+        write_text(self.folder / "table.json", json.dumps(self.json(), indent=1, allow_nan=False) + "\n")
+        self.plot(self.folder / "table.png")
+        LOGGER.info(f"{text}\n{PREFIX}wrote {self.folder / 'table'}.md, .csv, .json and .png")
+        return self.folder
+
+    def markdown(self) -> str:
+        """Return the table for readers: the primary metric with its comparisons, then means of the others."""
+        common, arms = self._common(), len(self.arms) - 1
+        essentials = ", ".join(f"{key}={_setting(common[key])}" for key in ESSENTIALS if key in common)
+        origins = self._origins()
+        alike = ", ".join(f"{name} {next(iter(found))}" for name, found in origins.items() if len(found) == 1)
+        parts = [f"# {self.experiment}\n", f"    yolo-sos table {self.experiment}\n"]
+        parts += [f"{line}\n" for line in (essentials, alike) if line]
+        for split in self.splits:
+            parts += [f"## {split} {_short(self.primary)}\n", self._headline(split)]
+        for split in self.splits:
+            if others := [metric for metric in self._metrics(split) if metric != self.primary]:
+                parts += [f"## {split}, further metrics\n", self._further(split, others)]
+        notes = [
+            f"±: standard deviation over seeds. Δ: mean of the differences to the {BASELINE} of the same seed, with "
+            f"its {LEVEL:.0%} t-interval.",
+            "p: exact two-sided sign-flip test over the pairs; in parentheses the least that so many pairs can give.",
+            f"p Holm: p of {_short(self.primary)}, corrected for the {arms} arm{'s' * (arms > 1)} of this table, on "
+            "each split by itself. The p-values of further metrics, in table.csv and table.json, are not corrected.",
+            f"time: seconds of training over the {BASELINE}'s of the same seed: median (least–most).",
+        ]
+        for name, found in origins.items():
+            if len(found) > 1:
+                told = "; ".join(f"{n} × {value}" for value, n in found.items())
+                notes.append(f"The {len(self.records)} records do not agree in {name}: {told}.")
+        for record in self.records:
+            for split, values in record.metrics.items():
+                if math.isnan(values[self.primary]):
+                    notes.append(f"{record.path.name} has no number on {split}, so that what rests on it is unknown.")
+        return "\n".join([*parts, "".join(f"- {note}\n" for note in notes)])
+
+    def _headline(self, split: str) -> str:
+        lines = [["arm", "what differs", "seeds", "mean ± std", f"Δ [{LEVEL:.0%} CI]", "p (least)", "p Holm", "time"]]
+        for row in self._of(split, self.primary):
+            f, arm, n, pairs = row.figures, row.arm, len(row.values), len(row.differences)
+            first = self.arms[arm][0]
+            what = ", ".join(f"{key}={_setting(first.config[key])}" for key in first.differences) or NONE
+            seeds = str(n) if pairs == n or arm == BASELINE else f"{n}, {pairs} paired"
+            line = [arm, what, seeds, _mean_std(row)]
+            if not math.isnan(f["diff"]):
+                interval = "" if math.isnan(f["low"]) else f" [{_signed(f['low'])}, {_signed(f['high'])}]"
+                p = f"{_bare(f['p'], '.3g')} ({_bare(least_p(pairs), '.3g')})"
+                line += [_signed(f["diff"]) + interval, p, _bare(f["p_holm"], ".3g")]
+            else:
+                line += [NONE] * 3
+            ratios = self.time_ratios(arm) if arm != BASELINE else []
+            lines.append([*line, f"{median(ratios):.3f} ({min(ratios):.3f}–{max(ratios):.3f})" if ratios else NONE])
+        return _table(lines, texts=2)
+
+    def _further(self, split: str, metrics: Sequence[str]) -> str:
+        columns = [[_short(metric), *map(_mean_std, self._of(split, metric))] for metric in metrics]
+        return _table([list(line) for line in zip(["arm", *self.arms], *columns, strict=True)], texts=1)
+
+    def _of(self, split: str, metric: str) -> list[Row]:
+        return [row for row in self.rows if (row.split, row.metric) == (split, metric)]
+
+    def _common(self) -> dict[str, Any]:
+        """Return the settings that all runs share."""
+        varied = {key for r in self.records for key in r.differences}
+        return {key: value for key, value in self.records[0].config.items() if key not in varied}
+
+    def _origins(self) -> dict[str, Counter[str]]:
+        """Return, for every version, the device and the commit, how many records have which."""
+        names = dict.fromkeys(name for r in self.records for name in r.origin)
+        return {name: Counter(r.origin.get(name, "unknown") for r in self.records) for name in names}
+
+    def csv(self) -> str:
+        """Return a line per split, metric and arm; empty where a figure is not defined."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(self.rows[0].figures), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(_without_nan(row.figures) for row in self.rows)
+        return text.getvalue()
+
+    def json(self) -> dict[str, Any]:
+        """Return the CSV's lines with the values behind them, and what the arms are; None where nothing is defined."""
+        arms = {}
+        for arm, of_arm in self.arms.items():
+            ratios = self.time_ratios(arm)
+            arms[arm] = {
+                "differences": {key: of_arm[0].config[key] for key in of_arm[0].differences},
+                "seeds": [r.seed for r in of_arm],
+                "wall_time": [r.wall_time for r in of_arm],
+                "time_ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)} if ratios else None,
+            }
+        rows = [
+            {
+                **_without_nan({**row.figures, "p_least": least_p(len(row.differences))}),
+                "values": _without_nan(row.values),
+                "differences": _without_nan(row.differences),
+            }
+            for row in self.rows
+        ]
+        return {
+            "experiment": self.experiment,
+            "command": f"yolo-sos table {self.experiment}",
+            "primary": self.primary,
+            "level": LEVEL,
+            "origin": self._origins(),
+            "config": self._common(),
+            "arms": arms,
+            "rows": rows,
+        }
+
+    @plt_settings()
+    def plot(self, path: Path) -> None:
+        """Draw a forest plot of the primary metric, a panel per split: each seed's difference, their mean, interval."""
+        import matplotlib.pyplot as plt
+
+        arms = [arm for arm in self.arms if arm != BASELINE]
+        size = (2.2 + 4.2 * len(self.splits), 1.8 + 0.34 * len(arms))
+        fig, axes = plt.subplots(1, len(self.splits), figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for ax, split in zip(axes[0], self.splits, strict=True):
+            ax.axvline(0, color="black", linewidth=0.8)
+            for y, row in enumerate(self._of(split, self.primary)[1:]):  # the baseline is the first
+                differences, line = list(row.differences.values()), row.figures
+                below = [y + 0.25] * len(differences)  # where the mean does not hide them
+                (dots,) = ax.plot(differences, below, "o", color="C1", markersize=4, alpha=0.6)
+                (mean,) = ax.plot(line["diff"], y, "D", color="C0", markersize=6)
+                (interval,) = ax.plot([line["low"], line["high"]], [y, y], "-", color="C0", linewidth=2)
+            ax.set_title(split)
+            ax.set_xlabel(f"Δ {_short(self.primary)} to the baseline")
+            ax.locator_params(axis="x", nbins=5)
+            ax.grid(axis="x", alpha=0.25)
+        axes[0][0].set_yticks(range(len(arms)), arms)
+        axes[0][0].set_ylim(len(arms) - 0.5, -0.5)  # as in the table, from above
+        names = ["one seed", "mean", f"{LEVEL:.0%} interval"]
+        fig.legend([dots, mean, interval], names, loc="outside lower center", ncols=3, fontsize=9)
+        with atomic_path(path) as temporary:
+            fig.savefig(temporary, dpi=200)
+        plt.close(fig)
+
+
+def _check_equal(one: Record, other: Record, allowed: tuple[str, ...] = ()) -> None:
+    key = difference(one.config, other.config, allowed)
+    if key is not None:
+        values = " and ".join(json.dumps(record.config.get(key)) for record in (one, other))
+        may = f"what their arms set ({', '.join(dict.fromkeys(allowed))})" if allowed else "the seed"
+        raise ValueError(f"{one.path} and {other.path}: '{key}' differs: {values}. They may differ in {may} alone.")
+
+
+def _numbers(values: Any, place: str) -> dict[str, float]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{place}' must hold a value per metric, not {json.dumps(values)}.")
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{place}.{name}' must be a number or null, not {json.dumps(value)}.")
+    return {k: math.nan if v is None or not math.isfinite(v) else float(v) for k, v in values.items()}
+
+
+def _without_nan(line: dict[Any, Any]) -> dict[Any, Any]:
+    """Replace nan, which JSON does not have."""
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in line.items()}
+
+
+def _short(metric: str) -> str:
+    return metric.removeprefix("metrics/")
+
+
+def _setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _bare(number: float, spec: str = ".4f") -> str:
+    """Format without the zero before the point, and with a minus instead of a hyphen."""
+    return NONE if math.isnan(number) else re.sub(r"^([+-]?)0\.", r"\1.", format(number, spec)).replace("-", "−")
+
+
+_signed = partial(_bare, spec="+.4f")
+
+
+def _mean_std(row: Row) -> str:
+    mean, std = row.figures["mean"], row.figures["std"]
+    return _bare(mean) + ("" if math.isnan(std) else f" ± {_bare(std)}")
+
+
+def _table(lines: Sequence[Sequence[str]], texts: int) -> str:
+    """Align cells: texts, in the first columns, to the left, numbers to the right."""
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+
+    def cells(line: Iterable[str]) -> str:
+        padded = [c.ljust(w) if k < texts else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True))]
+        return f"| {' | '.join(padded)} |\n"
+
+    rule = ["-" * w if k < texts else "-" * (w - 1) + ":" for k, w in enumerate(widths)]
+    return "".join(map(cells, [lines[0], rule, *lines[1:]]))
