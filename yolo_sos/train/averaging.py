@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader
 from ultralytics.utils import LOGGER, RANK, colorstr
@@ -60,7 +61,7 @@ class WeightAveraging(BaseTrainer):
         self.ema.enabled = False
         if RANK in {-1, 0}:  # the others get the statistics at validation, with all buffers
             # A norm that the live model holds in eval mode was frozen by the host.
-            frozen = [name for name, m in live.named_modules() if is_batchnorm(m) and not m.training]
+            frozen = [name for name, m in live.named_modules() if isinstance(m, _BatchNorm) and not m.training]
             with preserve_rng():
                 update_bn(self._bn_images(self.shift_source().view, frozen), self.ema.ema)
             LOGGER.info(f"{PREFIX}mean of {self._averaged} epochs")
@@ -91,8 +92,3 @@ class WeightAveraging(BaseTrainer):
         super()._load_checkpoint_state(ckpt)
         self._averaged = (ckpt.get(CHECKPOINT_KEY) or {}).get(AVERAGED, 0)
         self.ema.enabled = not self._averaged
-
-
-def is_batchnorm(module: nn.Module) -> bool:
-    """Tell whether a module is one of those that ``update_bn`` updates."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import autocast, unwrap_model
 
@@ -33,6 +34,21 @@ class _Standing(torch.optim.Optimizer):
         pass
 
 
+def library(method: str) -> Any:
+    """Return pytorch-optimizer's ``SAM``.
+
+    Raises:
+        ImportError: If it is not installed; names what asks for it.
+    """
+    try:
+        from pytorch_optimizer import SAM
+    except ImportError as e:
+        raise ImportError(
+            f"sharpness_aware={method} needs pytorch-optimizer, which is not installed: pip install 'yolo-sos[peers]'"
+        ) from e
+    return SAM
+
+
 def perturbation(params: list[nn.Parameter], method: str, rho: float | None = None) -> Any:
     """Return what moves parameters uphill, ``first_step()``, and puts them back bit for bit, ``second_step()``.
 
@@ -47,26 +63,17 @@ def perturbation(params: list[nn.Parameter], method: str, rho: float | None = No
         params (list[nn.Parameter]): Parameters; those without a gradient stay.
         method (str): ``sam``, ``asam`` or ``gnp``.
         rho (float, optional): ρ, above 0; the method's own by default.
-
-    Raises:
-        ImportError: If pytorch-optimizer is not installed.
     """
-    try:
-        from pytorch_optimizer import SAM
-    except ImportError as e:
-        raise ImportError(
-            f"sharpness_aware={method} needs pytorch-optimizer, which is not installed: pip install 'yolo-sos[peers]'"
-        ) from e
-    return SAM(params, _Standing, rho=RHO[method] if rho is None else rho, adaptive=method == "asam")
+    return library(method)(params, _Standing, rho=RHO[method] if rho is None else rho, adaptive=method == "asam")
 
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of normalization layers, and their count of batches, as they are.
+    """Keep the running statistics of BatchNorm, and its count of batches, as they are.
 
     Layers in training mode go on to normalize by the batch, those in eval mode by their statistics.
     """
-    layers = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False  # a momentum of 0 would still count the batch
     try:
@@ -94,7 +101,7 @@ class SharpnessAware(BaseTrainer):
         """Set up as the host does; a library that is missing shows before the data are read."""
         method = self.sos.sharpness_aware
         if method is not None:
-            perturbation([nn.Parameter(torch.zeros(1))], method)
+            library(method)
         super()._setup_train()
         if method is not None:
             params = [p for group in self.optimizer.param_groups for p in group["params"]]
