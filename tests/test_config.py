@@ -83,6 +83,9 @@ GOOD = {
     "sos_guard": [None, "none", "None", 0, 0.0, 0.1, 3.0],
     "lr_steps": [None, "none", [0.5], [0.5, 0.75]],
     "mixup_alpha": [None, "none", 1, 0.2, 1.0],
+    "sharpness_aware": [None, "none", "sam", "asam", "gnp"],
+    "rho": [None, "none", 1, 0.05, 2.0],
+    "swa": [None, "none", 0, 0.0, 0.5, 0.75],
     "sos_analyze": [None, "none", 1, 10],
 }
 BAD = {
@@ -99,13 +102,17 @@ BAD = {
     "sos_guard": [-0.1, math.nan, math.inf, True, "0.1", "off", []],
     "lr_steps": [[], [0.0], [1.0], [0.5, 2], [True], [math.nan], 150, "0.5", {}],
     "mixup_alpha": [0, 0.0, -1, math.nan, math.inf, True, "1", [1.0]],
+    "sharpness_aware": ["SAM", "", "sgd", True, 1, ["sam"]],
+    "rho": [0, 0.0, -1, math.nan, math.inf, True, "1", [1.0]],
+    "swa": [1, 1.0, -0.1, math.nan, True, "0.5", []],
     "sos_analyze": [0, -1, 2.0, True, "10", []],
 }
 
 
 @pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in GOOD.items() for v in values])
 def test_good_values(key, value):
-    kept = getattr(SOSConfig.from_dict({key: value}), key)
+    needed = {"sharpness_aware": "sam"} if key == "rho" else {}
+    kept = getattr(SOSConfig.from_dict({**needed, key: value}), key)
     if key == "sos_layers":
         assert kept == "all" or set(kept) <= set(KINDS)
     elif value is None or (isinstance(value, str) and value.lower() == "none"):
@@ -114,7 +121,7 @@ def test_good_values(key, value):
         assert kept == value
         # 1 is one dimension and 1.0 all of them: an int must not become a float there; elsewhere 0 and 0.0 are one.
         assert type(kept) is (
-            type(value) if key not in {"sos_budget", "sos_start", "sos_guard", "mixup_alpha"} else float
+            type(value) if key not in {"sos_budget", "sos_start", "sos_guard", "mixup_alpha", "rho", "swa"} else float
         )
 
 
@@ -122,6 +129,12 @@ def test_good_values(key, value):
 def test_bad_values_are_refused_by_key_and_value(key, value):
     with pytest.raises(ValueError, match=rf"^'{key}={re.escape(str(value))}' is invalid: {key} must be "):
         SOSConfig.from_dict({key: value})
+
+
+def test_a_radius_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"'rho=0.1' needs sharpness_aware, one of sam, asam, gnp"):
+        SOSConfig.from_dict({"rho": 0.1})
+    assert SOSConfig.from_dict({"rho": "none"}).rho is None
 
 
 def test_every_setting_is_checked():

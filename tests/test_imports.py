@@ -79,8 +79,8 @@ def others(module: str) -> set[str]:
 def test_the_parser_sees_imports_of_every_form():
     assert len(modules()) > 20
     assert "yolo_sos.core" in imports("yolo_sos.config", types=False)  # in a function
-    mixin = "yolo_sos.train.mixin"
-    assert "ultralytics.engine.trainer" in imports(mixin) - imports(mixin, types=False)
+    sharpness = "yolo_sos.train.sharpness"
+    assert "ultralytics.engine.trainer" in imports(sharpness) - imports(sharpness, types=False)
     assert "yolo_sos.core.capture" in imports("yolo_sos.core.shift")
     assert "ultralytics" in others("yolo_sos.heads")
     assert "yolo_sos.train" in imports("yolo_sos.cli")

@@ -34,42 +34,9 @@ ARMS = {
     "stock": {},
     "sos": {"sos": True},
     "sos-every": {"sos": True, "sos_start": 0.0, "sos_interval": 1},
-    "sam": {},
+    "sam": {"sharpness_aware": "sam"},
 }
-RHO = 0.05  # of SAM, as in Foret et al., 2021
 PHASES = ("sample", "forward", "rows", "solve", "guard", "write")
-
-
-def trainer_of(arm: str) -> type:
-    """Return the trainer class of an arm."""
-    import torch
-    from ultralytics.models.yolo.detect import DetectionTrainer
-    from ultralytics.utils.torch_utils import autocast
-
-    from yolo_sos import SOSDetectionTrainer
-
-    class SAM(DetectionTrainer):
-        """The least that SAM needs: climb by ρ along the gradient, take the gradient there, step from below."""
-
-        def preprocess_batch(self, batch: dict) -> dict:
-            self._batch = super().preprocess_batch(batch)
-            return self._batch
-
-        def optimizer_step(self) -> None:
-            parameters = [p for p in self.model.parameters() if p.grad is not None]
-            norm = torch.stack([p.grad.norm() for p in parameters]).norm()
-            climb = [RHO * p.grad / norm for p in parameters]  # the gradient's scale under AMP cancels
-            with torch.no_grad():
-                torch._foreach_add_(parameters, climb)
-            self.optimizer.zero_grad()
-            with autocast(self.amp, device=self.device.type):
-                loss = self.model(self._batch)[0].sum()
-            self.scaler.scale(loss).backward()
-            with torch.no_grad():
-                torch._foreach_sub_(parameters, climb)
-            super().optimizer_step()
-
-    return {"stock": DetectionTrainer, "sam": SAM}.get(arm, SOSDetectionTrainer)
 
 
 def work(arm: str, options: dict[str, Any]) -> None:
@@ -77,8 +44,12 @@ def work(arm: str, options: dict[str, Any]) -> None:
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the host prints goes where its log goes
     import torch
+    from ultralytics.models.yolo.detect import DetectionTrainer
 
-    base, peak, record = trainer_of(arm), Peak(options["device"]), {}
+    from yolo_sos import SOSDetectionTrainer
+
+    base = DetectionTrainer if arm == "stock" else SOSDetectionTrainer
+    peak, record = Peak(options["device"]), {}
 
     def clock() -> float:
         if peak.cuda:
@@ -251,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     options = {key: getattr(args, key) for key in ("model", "imgsz", "batch", "epochs", "seed", "device", "amp")}
     options["data"] = resolve_data(args.data)
-    # nbs: a step per batch, as SAM must have; val and plots: not what is measured here.
+    # nbs: a step per batch; val and plots: not what is measured here.
     options.update(nbs=args.batch, workers=0, val=False, plots=False, exist_ok=True)
     config = SOSConfig.from_dict({"sos": True})
     records = turns(args.arms, options)

@@ -30,7 +30,9 @@ CFG_DIR = _PACKAGE / "cfg" if (_PACKAGE / "cfg").is_dir() else _PACKAGE.parent /
 SOS_YAML = CFG_DIR / "sos.yaml"
 
 
-RECIPE = ("lr_steps", "mixup_alpha", "sos_analyze")  # settings of ours that act with sos=false too
+PEERS = ("sam", "asam", "gnp")
+# Settings of ours that act with sos=false too
+RECIPE = ("lr_steps", "mixup_alpha", "sharpness_aware", "rho", "swa", "sos_analyze")
 # Classification sets are folders: those that come along are built in the host's datasets directory on first use.
 BUILDERS = {"digits-cls": "yolo_sos.data.digits_cls"}
 
@@ -87,6 +89,9 @@ class SOSConfig:
         sos_guard (float | None): At least 0, or None.
         lr_steps (list[float] | None): Fractions of the epochs, in (0, 1), or None.
         mixup_alpha (float | None): Above 0, or None.
+        sharpness_aware (str | None): ``sam``, ``asam``, ``gnp``, or None.
+        rho (float | None): Above 0, or None.
+        swa (float | None): In [0, 1), or None.
         sos_analyze (int | None): At least 1, epochs, or None.
     """
 
@@ -103,6 +108,9 @@ class SOSConfig:
     sos_guard: float | None
     lr_steps: list[float] | None
     mixup_alpha: float | None
+    sharpness_aware: str | None
+    rho: float | None
+    swa: float | None
     sos_analyze: int | None
 
     @property
@@ -128,7 +136,10 @@ class SOSConfig:
                 near = get_close_matches(str(key), keys, n=1, cutoff=0.0)[0]
                 raise ValueError(f"'{key}' is not a setting of SOS. Did you mean '{near}'? See 'yolo-sos cfg'.")
         defaults = yaml.safe_load(SOS_YAML.read_text(encoding="utf-8"))
-        return cls(**{key: _CHECKS[key](key, settings.get(key, defaults[key])) for key in keys})
+        config = cls(**{key: _CHECKS[key](key, settings.get(key, defaults[key])) for key in keys})
+        if config.rho is not None and config.sharpness_aware is None:
+            raise ValueError(f"'rho={config.rho}' needs sharpness_aware, one of {', '.join(PEERS)}.")
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, as YAML and checkpoints keep them."""
@@ -233,5 +244,8 @@ _CHECKS = {
     "sos_guard": _optional(_real("a number of at least 0, or none", lambda x: x >= 0)),
     "lr_steps": _optional(_steps),
     "mixup_alpha": _optional(_real("a number above 0, or none", lambda x: x > 0)),
+    "sharpness_aware": _optional(_choice(*PEERS)),
+    "rho": _optional(_real("a number above 0, or none", lambda x: x > 0)),
+    "swa": _optional(_real("a number of at least 0 and less than 1, or none", lambda x: 0 <= x < 1)),
     "sos_analyze": _optional(_real("an integer of at least 1, or none", lambda x: x >= 1, integer=True)),
 }

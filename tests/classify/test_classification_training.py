@@ -245,6 +245,18 @@ def test_a_run_without_sos_but_with_the_recipe_cannot_be_resumed_with_sos(overri
         Watched(overrides={"resume": str(broken.last), "device": "cpu", "sos": True})
 
 
+@pytest.mark.parametrize("method", ["sam", "asam", "gnp"])
+def test_the_peers_with_the_recipe_and_dropout(overrides, recipe, method):
+    trainer, shifts = run(overrides, **{**recipe, **ROWS}, dropout=0.5, sharpness_aware=method, swa=0.5, nbs=20)
+    plain, _ = run(overrides, **recipe, dropout=0.5, nbs=20)
+    assert [m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)] == [0.5]
+    assert len(shifts) == 8 and trainer._averaged == 3
+    trained = [b for b in trainer.trained if b["cls"].ndim == 2]
+    assert len(trained) == len(plain.trained) == 12
+    assert all(torch.equal(a["img"], b["img"]) for a, b in zip(trained, plain.trained, strict=True))
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+
+
 def test_mixup_is_for_classifiers(digits, tiny, tmp_path):
     from yolo_sos.train import SOSDetectionTrainer
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ultralytics import YOLO
+from ultralytics.utils.patches import torch_load
 
 from yolo_sos.train import TRAINERS, mixin
 
@@ -123,3 +124,20 @@ def test_a_short_run_shifts_every_kind_of_layer(task, tiny_set, tmp_path, monkey
     best = YOLO(yolo.trainer.best)
     assert best.task == task
     assert best.val(data=str(tmp_path / task / "data.yaml"), imgsz=64, device="cpu", plots=False).fitness >= 0
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_the_peers_train_every_task(task, tiny_set, tmp_path):
+    model = tmp_path / f"tiny-{task}.yaml"
+    model.write_text(MODEL.format(head=HEADS[task][0]))
+    yolo = YOLO(model, task=task)
+    yolo.train(
+        trainer=TRAINERS[task],
+        **{"data": str(tiny_set(task)), "epochs": 1, "imgsz": 64, "batch": 4, "device": "cpu", "workers": 0},
+        **{"plots": False, "project": str(tmp_path / "runs"), "optimizer": "SGD", "lr0": 0.02, "nbs": 4},
+        **{"sharpness_aware": "sam", "swa": 0.0, "sos": True, "sos_images": 6, "sos_guard": 0.5},
+    )
+    assert all(bool(p.isfinite().all()) for p in yolo.trainer.model.parameters())
+    saved = torch_load(yolo.trainer.last, map_location="cpu")
+    assert saved["sos"]["averaged"] == 1
+    assert (yolo.trainer.save_dir / "sos.csv").stat().st_size

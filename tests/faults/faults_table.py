@@ -25,6 +25,8 @@ FEATURES_ELSEWHERE = {
         "the host's run, bit for bit",
     ),
     "train/test_resume.py::test_it_draws_the_images_that_the_unbroken_run_does": ("resume=", "works"),
+    "train/test_sharpness.py::test_together_with_sos": ("sharpness_aware=sam, asam, gnp", "works"),
+    "train/test_averaging.py::test_what_is_shifted_is_the_average": ("swa", "works: the average is shifted"),
     "train/test_workers.py::test_the_settings_reach_a_worker_which_writes_no_file": (
         "device=0,1, a worker rebuilt from the host's pickle",
         "works: settings arrive",
@@ -68,6 +70,23 @@ FAULTS_ELSEWHERE = {
         "resume with other settings",
         "those of the checkpoint, with a warning",
     ),
+    "train/test_sharpness.py::test_what_overflows_skips_the_step_and_lowers_the_scale": (
+        "sharpness_aware: a gradient that overflows, in either pass",
+        "the step is skipped, the scale lowered; weights as before",
+    ),
+    "train/test_sharpness.py::test_an_error_in_the_second_pass_leaves_weights_and_random_numbers_as_they_were": (
+        "sharpness_aware: an error in the second pass",
+        "stops with that error; weights as before",
+    ),
+    "train/test_sharpness.py::test_the_library_is_asked_for_before_the_data_are_read": (
+        "sharpness_aware without pytorch-optimizer",
+        "refused; says what to install",
+    ),
+    "train/test_averaging.py::test_an_epoch_that_the_host_runs_again_counts_once": (
+        "swa: NaN as training loss",
+        "the host runs the epoch again; it counts once in the average",
+    ),
+    "train/test_averaging.py::test_distillation_is_refused": ("swa or sharpness_aware with distill_model", "refused"),
     "core/test_weighting.py::test_groups_without_mass_add_nothing": ("a class without any row", "adds nothing"),
     "core/test_solver.py::test_rows_that_span_nothing_change_nothing": ("rows that are all zero", "not shifted; told"),
     "core/test_shift.py::test_rows_see_a_single_bad_pixel": ("one pixel of the features NaN", "not shifted; told"),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -27,9 +27,11 @@ from yolo_sos.config import CHECKPOINT_KEY, SOSConfig, is_sos_key, resolve_data,
 from yolo_sos.core import FinalLayer, ShiftReport, shift_layers
 from yolo_sos.files import atomic_path, write_text
 from yolo_sos.heads import HostTask, final_layers, select_layers
+from yolo_sos.train.averaging import AVERAGED, WeightAveraging
 from yolo_sos.train.record import ShiftLog, columns, log_line
 from yolo_sos.train.sampling import IMAGES, PER_CLASS, ShiftSample, Source, plain_view, preserve_rng, split_sizes
 from yolo_sos.train.schedule import is_due, step_factor
+from yolo_sos.train.sharpness import SharpnessAware
 
 # An event that nothing runs. The callbacks are the one thing besides args and weights that the host hands to the
 # workers of a distributed run, and args refuse keys that are not the host's.
@@ -38,17 +40,11 @@ PREFIX = colorstr("SOS: ")
 TESTED_HOSTS = ("8.4.150", "8.4.190")  # the releases of Ultralytics that the suite has passed with
 
 
-if TYPE_CHECKING:
-    from ultralytics.engine.trainer import BaseTrainer
-else:
-    BaseTrainer = object  # a mixin: the trainer comes from the class that uses it
-
-
-class SOSMixin(BaseTrainer):
+class SOSMixin(SharpnessAware, WeightAveraging):
     """Stochastic optimum shifting for a trainer of Ultralytics: put it before the trainer among the base classes.
 
     The settings are taken out of ``overrides`` and never reach ``trainer.args``. With ``sos=False`` the trainer is the
-    stock one, unless ``lr_steps`` or ``mixup_alpha`` ask for more. With ``sos=True``, at the end of each epoch for
+    stock one, unless a setting of ``RECIPE`` asks for more. With ``sos=True``, at the end of each epoch for
     which ``is_due`` says so, before validation and saving, the EMA and the live model are shifted, each from its own
     features of the same few training images.
 
@@ -122,9 +118,11 @@ class SOSMixin(BaseTrainer):
     def setup_model(self) -> dict[str, Any] | None:
         """Build the model as the host does, and refuse it right then if it has no final linear layer."""
         ckpt = super().setup_model()
+        if self.args.distill_model is not None:
+            asked = {"sos=true": self.sos.sos or None, "sharpness_aware": self.sos.sharpness_aware, "swa": self.sos.swa}
+            for key in [key for key, value in asked.items() if value is not None]:
+                raise ValueError(f"{key} does not work together with distill_model. Leave out one of them.")
         if self.sos.sos:
-            if self.args.distill_model is not None:
-                raise ValueError("sos=true does not work together with distill_model. Leave out one of them.")
             if self.args.quantize == 8:  # its layers compute with rounded copies of the weights that are written
                 raise ValueError("sos=true does not work together with quantize=8. Leave out one of them.")
             select_layers(final_layers(unwrap_model(self.model)), self.sos.kinds())
@@ -185,6 +183,8 @@ class SOSMixin(BaseTrainer):
     def run_callbacks(self, event: str) -> None:
         """Shift at the end of a training epoch, ahead of the callbacks: before the EMA is validated and saved."""
         if event == "on_train_epoch_end":
+            if self.sos.swa is not None:
+                self._average()  # first: what is shifted is the average
             if self.sos.sos:
                 self._end_epoch()
             if self.sos.sos_analyze is not None:
@@ -311,7 +311,7 @@ class SOSMixin(BaseTrainer):
                 saved = super().save_model()
             # Plain values only: a class of ours would make the checkpoint unreadable without yolo_sos.
             ckpt = torch_load(Path(folder) / "last.pt", map_location="cpu")
-            ckpt[CHECKPOINT_KEY] = {"version": __version__, "settings": self.sos.to_dict()}
+            ckpt[CHECKPOINT_KEY] = {"version": __version__, "settings": self.sos.to_dict(), AVERAGED: self._averaged}
             buffer = io.BytesIO()
             torch.save(ckpt, buffer)
             for file in Path(folder).glob("*.pt"):  # last, best and epochN are one and the same
