@@ -456,6 +456,17 @@ def test_the_guard_steps_back_until_the_loss_is_in_bounds(base, step):
         assert report.status == "ok"
 
 
+@pytest.mark.parametrize(("guard", "t"), [(None, 0.6), (1.0, 0.6), (0.35, 0.3), (0.05, 0.15), (0.02, 0.0)])
+def test_a_shift_goes_no_further_than_its_largest_step(guard, t):
+    model, layers, batch, _, v, target, full = drift()  # from D the loss rises by t²·D
+    report = shift_layers(
+        model, layers, [batch], DriftTask(full), heldout=[batch], method=Method(rank=3), step=0.6, guard=guard
+    )
+    assert report.step == pytest.approx(t)
+    assert torch.allclose(model[4].weight, v + t * (target - v), rtol=1e-12, atol=1e-12)
+    assert report.norm_ratio == pytest.approx((norm(model[4].weight) / norm(v)) ** 2, rel=1e-12)
+
+
 def test_a_guard_of_zero_accepts_what_does_not_rise():
     model, layers = mlp(torch.float64)
     task = ClassifierTask(lambda z, y: z.square().mean())  # smaller outputs, smaller loss
@@ -788,6 +799,8 @@ def test_the_layers_are_named_that_the_forward_pass_does_not_reach():
         ({"guard": 0.1}, "guard needs held-out batches"),
         ({"guard": 0.1, "heldout": iter(())}, "guard needs held-out batches"),
         ({"method": Method("budget", budget=1.0)}, "budget=1.0 must be"),
+        ({"step": 0.0}, "step=0.0 must be"),
+        ({"step": 1.5}, "step=1.5 must be"),
     ],
 )
 def test_errors_come_before_anything_is_written(options, message):

@@ -240,6 +240,18 @@ def test_interval_and_start(train):
     assert sorted(run.images) == [1]
 
 
+@pytest.mark.parametrize("name", ["model", "ema"])
+def test_a_step_below_1_goes_part_of_the_way(train, layers, name):
+    whole = train(sos=True, epochs=1)
+    part = train(sos=True, epochs=1, sos_step=0.25)
+    assert float(part.results[0]["sos/t"]) == 0.25
+    for layer in layers:
+        key = f"{layer.name}.weight"
+        v, target = whole.trained[1][name][key], whole.ended[1][name][key]
+        assert torch.equal(part.trained[1][name][key], v)
+        torch.testing.assert_close(part.ended[1][name][key], v + 0.25 * (target - v))
+
+
 def test_without_a_guard_nothing_is_held_out(train):
     run = train(sos=True, epochs=2, sos_guard=None)
     assert [len(images) for images in run.images[1]] == [8, 0, 8, 0]

@@ -276,6 +276,7 @@ class SOSMixin(BaseTrainer):
                     heldout=sample.batches("heldout"),
                     shifted=self._shifted(model),
                     method=self.sos.method(),
+                    step=self.sos.sos_step,
                     guard=guard,
                     seed=seed,
                 )
