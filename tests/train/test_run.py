@@ -14,7 +14,7 @@ import yaml
 from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.patches import torch_load
-from watched import EPOCHS, read_csv, same
+from watched import EPOCHS, read_csv, same, weights_of
 
 import yolo_sos
 from yolo_sos.config import SOSConfig
@@ -236,8 +236,42 @@ def test_kinds_of_layers_that_are_not_chosen_stay(train, layers):
 def test_interval_and_start(train):
     run = train(sos=True, epochs=5, sos_start=0.3, sos_interval=2)
     assert sorted(run.images) == [2, 4]
-    run = train(sos=True, epochs=2, sos_start=0.0, sos_interval=9)
+    run = train(sos=True, epochs=2, sos_start=0.01, sos_interval=9)
     assert sorted(run.images) == [1]
+
+
+def test_a_start_of_0_shifts_before_the_first_epoch(train, layers):
+    seen = {}
+
+    def note(event):
+        return {event: lambda trainer: seen.update({event: weights_of(trainer)})}
+
+    run = train(
+        sos=True,
+        epochs=2,
+        sos_start=0.0,
+        sos_interval=2,
+        callbacks={**note("on_pretrain_routine_end"), **note("on_train_start")},
+    )
+    assert sorted(run.images) == [0, 2]
+    before, after = seen["on_pretrain_routine_end"], seen["on_train_start"]
+    names = {f"{layer.name}.weight" for layer in layers}
+    for name in "model", "ema":
+        assert norm(after[name], layers) < norm(before[name], layers)
+        assert same(*({k: v for k, v in state[name].items() if k not in names} for state in (before, after)))
+    assert same(after["model"], after["ema"])  # two copies of one model, and the same images
+    assert {int(row["epoch"]) for row in run.shifts} == {0, 2}
+    check_columns(run.results, (2,))
+    assert len([line for line in run.log if "norm²" in line]) == 2
+
+
+def test_a_resumed_run_does_not_shift_before_its_first_epoch(train, interrupt):
+    first = train(
+        sos=True, sos_start=0.0, sos_interval=9, callbacks=interrupt("on_train_epoch_start", 3), error=KeyboardInterrupt
+    )
+    run = train(model=str(first.save_dir / "weights/last.pt"), resume=True)
+    assert run.trainer.start_epoch == 2 and not run.images
+    assert {int(row["epoch"]) for row in run.shifts} == {0}
 
 
 @pytest.mark.parametrize("name", ["model", "ema"])

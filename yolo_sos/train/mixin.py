@@ -49,8 +49,8 @@ class SOSMixin(BaseTrainer):
 
     The settings are taken out of ``overrides`` and never reach ``trainer.args``. With ``sos=False`` the trainer is the
     stock one, unless ``lr_steps`` or ``mixup_alpha`` ask for more. With ``sos=True``, at the end of each epoch for
-    which ``is_due`` says so, before validation and saving, the EMA and the live model are shifted, each from its own
-    features of the same few training images.
+    which ``is_due`` says so, before validation and saving, and with ``sos_start=0`` also before the first epoch, the
+    EMA and the live model are shifted, each from its own features of the same few training images.
 
     Attributes:
         sos (SOSConfig): The settings.
@@ -183,7 +183,13 @@ class SOSMixin(BaseTrainer):
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_lambda=self.lf)
 
     def run_callbacks(self, event: str) -> None:
-        """Shift at the end of a training epoch, ahead of the callbacks: before the EMA is validated and saved."""
+        """Shift at the end of a training epoch, or before the first, ahead of the callbacks.
+
+        At the end of an epoch that is before the EMA is validated and saved.
+        """
+        if event == "on_train_start" and self.sos.sos and not self.start_epoch:
+            self.epoch = -1  # none has been trained; the host counts from here on
+            self._shift_if_due()
         if event == "on_train_epoch_end":
             if self.sos.sos:
                 self._end_epoch()
@@ -192,15 +198,20 @@ class SOSMixin(BaseTrainer):
         super().run_callbacks(event)
 
     def _end_epoch(self) -> None:
-        reports: dict[str, ShiftReport] = {}
-        if is_due(self.epoch, self.epochs, self.sos.sos_start, self.sos.sos_interval):
-            reports = self._shift()
-        self._shift_columns = columns(reports)
+        self._shift_columns = columns(self._shift_if_due())
         if RANK in {-1, 0}:
             self.metrics.update(self._shift_columns)  # an epoch without validation keeps these metrics
-            if reports:
-                self._shift_log.add(self.epoch + 1, reports)
-                LOGGER.info(PREFIX + log_line(reports))
+
+    def _shift_if_due(self) -> dict[str, ShiftReport]:
+        """Shift if it is time to, and keep a record; returns what ``_shift`` does."""
+        trained = self.epoch + 1
+        if not is_due(trained, self.epochs, self.sos.sos_start, self.sos.sos_interval):
+            return {}
+        reports = self._shift()
+        if reports:
+            self._shift_log.add(trained, reports)
+            LOGGER.info(PREFIX + log_line(reports))
+        return reports
 
     def _analyze(self) -> None:
         """Measure the EMA, as it is validated and saved: on rank 0, the others meet it again at validation."""
@@ -263,7 +274,7 @@ class SOSMixin(BaseTrainer):
         source = self._source
         images = source.images
         sample = ShiftSample(self, source.view, images, guard is not None, seed, source.labels)
-        criterion = unwrap_model(self.model).criterion
+        criterion = getattr(unwrap_model(self.model), "criterion", None)  # made with the first batch of training
         reports: dict[str, ShiftReport] = {}
         while waiting := [name for name in models if name not in reports]:
             model = models[waiting[0]]
