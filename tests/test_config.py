@@ -67,6 +67,7 @@ GOOD = {
     "sos_start": [0, 0.0, 0.5, 1, 1.0],
     "sos_interval": [1, 7],
     "sos_step": [1, 1.0, 0.5, 1e-3],
+    "sos_momentum": [True, False],
     "sos_images": [1, 64, None],
     "sos_layers": [
         "all",
@@ -96,6 +97,7 @@ BAD = {
     "sos_start": [-0.1, 1.1, 5, math.nan, True, "0.5", None],
     "sos_interval": [0, -1, 1.0, 0.5, True, "1", None],
     "sos_step": [0, 0.0, -0.5, 1.1, 2, math.nan, math.inf, True, "0.5", None],
+    "sos_momentum": [1, 0, "true", None],
     "sos_images": [0, -1, 8.0, True, "8"],
     "sos_layers": ["", "boxes", "box,boxes", [], ["all", "box"], None, 3, True, "box,,cls"],
     "sos_guard": [-0.1, math.nan, math.inf, True, "0.1", "off", []],

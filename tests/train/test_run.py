@@ -14,6 +14,7 @@ import yaml
 from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.patches import torch_load
+from ultralytics.utils.torch_utils import unwrap_model
 from watched import EPOCHS, read_csv, same, weights_of
 
 import yolo_sos
@@ -284,6 +285,40 @@ def test_a_step_below_1_goes_part_of_the_way(train, layers, name):
         v, target = whole.trained[1][name][key], whole.ended[1][name][key]
         assert torch.equal(part.trained[1][name][key], v)
         torch.testing.assert_close(part.ended[1][name][key], v + 0.25 * (target - v))
+
+
+def momentum_of(trainer):
+    """Return the optimizer's momentum of the final layers' weights, none before its first step."""
+    layers = final_layers(unwrap_model(trainer.model))
+    states = {layer.name: trainer.optimizer.state.get(layer.module.weight, {}) for layer in layers}
+    return {name: s["momentum_buffer"].flatten(1).clone() for name, s in states.items() if "momentum_buffer" in s}
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_momentum_goes_along_where_it_is_told_to(train, layers, momentum):
+    seen = {}
+
+    def note(event):
+        return {event: lambda trainer: seen.update({event: momentum_of(trainer)})}
+
+    run = train(
+        **{"sos": True, "epochs": 1, "sos_momentum": momentum, "sos_layers": "cls"},
+        callbacks={**note("on_train_batch_end"), **note("on_train_epoch_end")},
+    )
+    before, after = seen["on_train_batch_end"], seen["on_train_epoch_end"]
+    weights = run.trained[1]["model"], run.ended[1]["model"]
+    assert list(before) == [layer.name for layer in layers]
+    for name in before:
+        if not momentum or "cv3" not in name:  # the class layers
+            assert torch.equal(before[name], after[name])
+            continue
+        # Both were projected on the subspace of the weight: what it has lost has no part in either.
+        v, target = (w[f"{name}.weight"].flatten(1).double() for w in weights)
+        lost = v - target
+        assert after[name].norm() < before[name].norm()
+        assert (after[name].double() @ lost.T).norm() < 1e-5 * before[name].norm() * lost.norm()
+        kept = before[name].double() - after[name].double()
+        assert (kept @ target.T).norm() < 1e-5 * before[name].norm() * target.norm()
 
 
 def test_without_a_guard_nothing_is_held_out(train):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -304,6 +304,7 @@ def shift_layers(
     *,
     heldout: Iterable[Any] = (),
     shifted: Sequence[FinalLayer] | None = None,
+    along: Mapping[str, Sequence[Tensor]] | None = None,
     method: Method | None = None,
     step: float = 1.0,
     guard: float | None = 0.0,
@@ -322,6 +323,8 @@ def shift_layers(
         task (Task): How to run and judge a batch.
         heldout (Iterable): Other batches, for the guard; consumed once, inputs of the final layers kept.
         shifted (Sequence[FinalLayer], optional): Those of ``layers`` to shift. None: all.
+        along (Mapping[str, Sequence[Tensor]], optional): Layer name → tensors of its weight's shape that take the same
+            linear map as the weight, in place: an optimizer's momentum, which else carries the weight back.
         method (Method, optional): How. None: ``Method()``.
         step (float): Largest t of ``V + t(V* − V)``, above 0 and up to 1.
         guard (float, optional): Largest relative rise of the held-out loss. Where the whole step rises more, ½ and ¼ of
@@ -369,7 +372,10 @@ def shift_layers(
         watch.lap("guard")
 
     if t > 0:
-        _write([(layer, stepped(layer, results[layer.name], t)) for layer in shifted])
+        _write(
+            [(layer, stepped(layer, results[layer.name], t)) for layer in shifted],
+            [(x, mapped(x, results[name], t)) for name, tensors in (along or {}).items() for x in tensors],
+        )
     watch.lap("write")
     records = tuple(_record(layer, collector.rows(layer), results[layer.name], t) for layer in shifted)
     return ShiftReport(records, before, after, t, watch.milliseconds)
@@ -405,15 +411,26 @@ def stepped(layer: FinalLayer, result: ShiftResult, step: float) -> Tensor:
     return (v + step * (target - v)).to(weight.dtype).to(weight.device)
 
 
-def _write(weights: Sequence[tuple[FinalLayer, Tensor]]) -> None:
-    """Write all of the weights, or none of them."""
+def mapped(tensor: Tensor, result: ShiftResult, step: float) -> Tensor:
+    """Return what a step of a weight's shift, as a linear map, makes of a tensor of the weight's shape."""
+    x = as_float64(tensor.flatten(1)).to(as_float64(result.weight).device)
+    return (x + step * (result.linear(x) - x)).to(tensor.device, tensor.dtype).view_as(tensor)
+
+
+def _write(weights: Sequence[tuple[FinalLayer, Tensor]], along: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write all of the weights, and over each tensor ``along`` the one that follows it; or nothing at all."""
     before = [(layer, weight_matrix(layer.module).clone()) for layer, _ in weights]
+    beside = [(tensor, tensor.clone()) for tensor, _ in along]
     try:
         for layer, weight in weights:
             write_weight(layer.module, weight)
+        for tensor, new in along:
+            tensor.copy_(new)
     except BaseException:  # KeyboardInterrupt too
         for layer, weight in before:
             write_weight(layer.module, weight)
+        for tensor, old in beside:
+            tensor.copy_(old)
         raise
 
 

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from ultralytics import __version__ as host_version
 from ultralytics.cfg import cfg2dict
 from ultralytics.nn.tasks import load_checkpoint
@@ -35,6 +35,7 @@ from yolo_sos.train.schedule import is_due, step_factor
 # workers of a distributed run, and args refuse keys that are not the host's.
 CARRIER = "sos_settings"
 PREFIX = colorstr("SOS: ")
+MOMENTUM = ("momentum_buffer", "momentum_buffer_SGD", "exp_avg")  # as torch's optimizers and the host's MuSGD have it
 TESTED_HOSTS = ("8.4.150", "8.4.190")  # the releases of Ultralytics that the suite has passed with
 
 
@@ -262,7 +263,8 @@ class SOSMixin(BaseTrainer):
             if error is None:
                 for model in models.values():
                     for layer in self._shifted(model):
-                        dist.broadcast(layer.module.weight.data, src=0)
+                        for tensor in (layer.module.weight.data, *self._momentum(layer)):
+                            dist.broadcast(tensor, src=0)
         if error is not None:
             raise error
         return reports
@@ -286,6 +288,7 @@ class SOSMixin(BaseTrainer):
                     HostTask(model, criterion),
                     heldout=sample.batches("heldout"),
                     shifted=self._shifted(model),
+                    along={layer.name: self._momentum(layer) for layer in self._shifted(model)},
                     method=self.sos.method(),
                     step=self.sos.sos_step,
                     guard=guard,
@@ -302,6 +305,11 @@ class SOSMixin(BaseTrainer):
 
     def _shifted(self, model: nn.Module) -> list[FinalLayer]:
         return [layer for layer in final_layers(model) if layer.name in self._shifted_names]
+
+    def _momentum(self, layer: FinalLayer) -> list[Tensor]:
+        """Return the momentum that a shift of the layer takes along: none of the EMA, which has no optimizer."""
+        state = self.optimizer.state.get(layer.module.weight, {}) if self.sos.sos_momentum else {}
+        return [state[key] for key in MOMENTUM if state.get(key) is not None]
 
     def validate(self) -> tuple[dict[str, Any] | None, float | None]:
         """Validate as the host does; our columns join its metrics, and so every logger."""
