@@ -66,6 +66,8 @@ GOOD = {
     "sos_solver": list(SOLVERS),
     "sos_start": [0, 0.0, 0.5, 1, 1.0],
     "sos_interval": [1, 7],
+    "sos_step": [1, 1.0, 0.5, 1e-3],
+    "sos_momentum": [True, False],
     "sos_images": [1, 64, None],
     "sos_layers": [
         "all",
@@ -97,6 +99,8 @@ BAD = {
     "sos_solver": ["lu", None],
     "sos_start": [-0.1, 1.1, 5, math.nan, True, "0.5", None],
     "sos_interval": [0, -1, 1.0, 0.5, True, "1", None],
+    "sos_step": [0, 0.0, -0.5, 1.1, 2, math.nan, math.inf, True, "0.5", None],
+    "sos_momentum": [1, 0, "true", None],
     "sos_images": [0, -1, 8.0, True, "8"],
     "sos_layers": ["", "boxes", "box,boxes", [], ["all", "box"], None, 3, True, "box,,cls"],
     "sos_guard": [-0.1, math.nan, math.inf, True, "0.1", "off", []],
@@ -121,7 +125,9 @@ def test_good_values(key, value):
         assert kept == value
         # 1 is one dimension and 1.0 all of them: an int must not become a float there; elsewhere 0 and 0.0 are one.
         assert type(kept) is (
-            type(value) if key not in {"sos_budget", "sos_start", "sos_guard", "mixup_alpha", "rho", "swa"} else float
+            type(value)
+            if key not in {"sos_budget", "sos_start", "sos_step", "sos_guard", "mixup_alpha", "rho", "swa"}
+            else float
         )
 
 

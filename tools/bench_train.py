@@ -33,7 +33,7 @@ from bench_common import Peak, save, spread, table, told
 ARMS = {
     "stock": {},
     "sos": {"sos": True},
-    "sos-every": {"sos": True, "sos_start": 0.0, "sos_interval": 1},
+    "sos-every": {"sos": True, "sos_start": 0.01, "sos_interval": 1},
     "sam": {"sharpness_aware": "sam"},
 }
 PHASES = ("sample", "forward", "rows", "solve", "guard", "write")

@@ -20,7 +20,7 @@ CHECKPOINT_KEY = "sos"  # of a checkpoint: what was done to it, in plain values
 METHODS = ("principal", "expected", "budget", "full", "rows")
 WEIGHTINGS = ("balanced", "confidence", "uniform")
 SOLVERS = ("svd", "qr", "gauss")
-# Without their "sos_"; the others say whether and when a training shifts.
+# Without their "sos_"; the others are of a training: whether, when and how far it shifts.
 SHIFT_SETTINGS = ("method", "rank", "weighting", "budget", "solver", "images", "layers", "guard")
 KINDS = ("box", "cls", "mask", "kpt", "angle", "linear")
 
@@ -84,6 +84,8 @@ class SOSConfig:
         sos_solver (str): ``svd``, ``qr`` or ``gauss``.
         sos_start (float): In [0, 1].
         sos_interval (int): At least 1, epochs.
+        sos_step (float): In (0, 1].
+        sos_momentum (bool): On or off.
         sos_images (int | None): At least 1, or None.
         sos_layers (str | list[str]): ``all`` or kinds of layers.
         sos_guard (float | None): At least 0, or None.
@@ -103,6 +105,8 @@ class SOSConfig:
     sos_solver: str
     sos_start: float
     sos_interval: int
+    sos_step: float
+    sos_momentum: bool
     sos_images: int | None
     sos_layers: str | list[str]
     sos_guard: float | None
@@ -239,6 +243,8 @@ _CHECKS = {
     "sos_solver": _choice(*SOLVERS),
     "sos_start": _real("a number from 0 to 1", lambda x: 0 <= x <= 1),
     "sos_interval": _real("an integer of at least 1", lambda x: x >= 1, integer=True),
+    "sos_step": _real("a number above 0 and up to 1", lambda x: 0 < x <= 1),
+    "sos_momentum": _bool,
     "sos_images": _optional(_real("an integer of at least 1, or none", lambda x: x >= 1, integer=True)),
     "sos_layers": _layers,
     "sos_guard": _optional(_real("a number of at least 0, or none", lambda x: x >= 0)),

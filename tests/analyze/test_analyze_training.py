@@ -38,7 +38,7 @@ def rows(trainer):
 
 @pytest.mark.parametrize("sos", [False, True])
 def test_curves_while_training(tiny, digits, tmp_path, sos):
-    shift = {"sos": True, "sos_start": 0.0, "sos_interval": 1, "sos_images": 4, "sos_guard": None} if sos else {}
+    shift = {"sos": True, "sos_start": 0.01, "sos_interval": 1, "sos_images": 4, "sos_guard": None} if sos else {}
     watched = train(tiny, digits, tmp_path / "a", sos_analyze=2, plots=not sos, **shift)
     found = rows(watched)
     ours = list(watch.columns())

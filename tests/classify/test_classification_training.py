@@ -22,7 +22,7 @@ from yolo_sos.train import SOSClassificationTrainer, mixin
 from yolo_sos.train.sampling import draw
 
 REAL_SHIFT = mixin.shift_layers
-ROWS = {"sos": True, "sos_method": "rows", "sos_rank": 30, "sos_interval": 1, "sos_start": 0.0, "sos_guard": 1e9}
+ROWS = {"sos": True, "sos_method": "rows", "sos_rank": 30, "sos_interval": 1, "sos_start": 0.01, "sos_guard": 1e9}
 
 
 class Watched(SOSClassificationTrainer):

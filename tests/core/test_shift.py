@@ -456,6 +456,17 @@ def test_the_guard_steps_back_until_the_loss_is_in_bounds(base, step):
         assert report.status == "ok"
 
 
+@pytest.mark.parametrize(("guard", "t"), [(None, 0.6), (1.0, 0.6), (0.35, 0.3), (0.05, 0.15), (0.02, 0.0)])
+def test_a_shift_goes_no_further_than_its_largest_step(guard, t):
+    model, layers, batch, _, v, target, full = drift()  # from D the loss rises by t²·D
+    report = shift_layers(
+        model, layers, [batch], DriftTask(full), heldout=[batch], method=Method(rank=3), step=0.6, guard=guard
+    )
+    assert report.step == pytest.approx(t)
+    assert torch.allclose(model[4].weight, v + t * (target - v), rtol=1e-12, atol=1e-12)
+    assert report.norm_ratio == pytest.approx((norm(model[4].weight) / norm(v)) ** 2, rel=1e-12)
+
+
 def test_a_guard_of_zero_accepts_what_does_not_rise():
     model, layers = mlp(torch.float64)
     task = ClassifierTask(lambda z, y: z.square().mean())  # smaller outputs, smaller loss
@@ -686,6 +697,33 @@ def test_rows_see_a_single_bad_pixel(pixel):
     assert bits(model) == before
 
 
+# What goes along -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("step", "guard", "t"), [(1.0, None, 1.0), (0.5, None, 0.5), (1.0, -0.5, 0.0)])
+@pytest.mark.parametrize("name", METHODS)
+def test_tensors_go_along_by_the_map_of_the_weight(name, step, guard, t):
+    model, layers = detector()
+    before = {layer.name: weight_matrix(layer.module).clone() for layer in layers}
+    # A copy of the weight ends where the weight does; what is twice as large, at twice that.
+    along = {layer.name: [layer.module.weight.detach().clone() * k for k in (1, 2)] for layer in layers}
+    report = shift_layers(
+        model,
+        layers,
+        images(2),
+        DetectorTask(),
+        heldout=images(2),
+        along=along,
+        method=Method(name, rank=4, budget=0.3),
+        step=step,
+        guard=guard,
+    )
+    assert report.step == t
+    for layer in layers:
+        if name != "full":  # the inputs of one layer have no null direction
+            assert torch.equal(weight_matrix(layer.module), before[layer.name]) == (t == 0)
+        for k, tensor in enumerate(along[layer.name], start=1):
+            torch.testing.assert_close(tensor, k * layer.module.weight.detach())
+
+
 # Exceptions -----------------------------------------------------------------------------------------------------------
 class Boom(Exception):
     """Raised half way."""
@@ -727,6 +765,7 @@ def broken_batches(number):
         "first write",
         "second write",
         "interrupted write",
+        "write beside",
     ],
 )
 def test_an_exception_leaves_everything_as_it_was(monkeypatch, where, name):
@@ -738,6 +777,9 @@ def test_an_exception_leaves_everything_as_it_was(monkeypatch, where, name):
         heldout = broken_batches(2)
     elif where == "forward":  # between the hooks of the two layers, in the second batch
         model.cls_tower.forward = on_call(2, model.cls_tower.forward)
+    elif where == "write beside":  # a tensor of a wrong shape, when the weights and another one have been written
+        monkeypatch.setattr(shift_module, "mapped", lambda x, *_: torch.zeros(x.numel() + (x.shape[0] != 4)))
+        error = RuntimeError
     elif where.startswith("task."):
         monkeypatch.setattr(task, where[5:], on_call(2, getattr(task, where[5:])))
     elif where == "solver":
@@ -757,10 +799,12 @@ def test_an_exception_leaves_everything_as_it_was(monkeypatch, where, name):
             write(module, weight)
 
         monkeypatch.setattr(shift_module, "write_weight", half_written)
+    beside = {layer.name: [torch.ones_like(layer.module.weight)] for layer in layers}
     before, around = bits(model), surroundings(model)
     with pytest.raises(error):
-        shift_layers(model, layers, fit, task, heldout=heldout, method=Method(name, rank=4), guard=9e9)
+        shift_layers(model, layers, fit, task, heldout=heldout, along=beside, method=Method(name, rank=4), guard=9e9)
     assert bits(model) == before
+    assert all(torch.equal(x, torch.ones_like(x)) for (x,) in beside.values())
     assert surroundings(model) == around
     assert all(not m._forward_pre_hooks for m in model.modules())
     assert not model.frozen.training
@@ -788,6 +832,8 @@ def test_the_layers_are_named_that_the_forward_pass_does_not_reach():
         ({"guard": 0.1}, "guard needs held-out batches"),
         ({"guard": 0.1, "heldout": iter(())}, "guard needs held-out batches"),
         ({"method": Method("budget", budget=1.0)}, "budget=1.0 must be"),
+        ({"step": 0.0}, "step=0.0 must be"),
+        ({"step": 1.5}, "step=1.5 must be"),
     ],
 )
 def test_errors_come_before_anything_is_written(options, message):

@@ -119,6 +119,16 @@ def test_twice_is_once(drawn, method):
 
 @PROPERTY
 @given(systems(), st.sampled_from(SOLVERS))
+def test_the_map_of_the_weight_is_the_projector_on_the_rows(drawn, method):
+    a, v, _, g = drawn
+    result = minimum_norm_shift(a, v, method=method)
+    assert relative(result.linear(v), result.weight) < 1e-12
+    other = torch.randn(4, a.shape[1], generator=g, dtype=torch.float64)
+    assert (result.linear(other) - other @ torch.linalg.pinv(a, rtol=1e-10) @ a).norm() < 1e-9 * other.norm()
+
+
+@PROPERTY
+@given(systems(), st.sampled_from(SOLVERS))
 def test_only_the_span_of_the_rows_matters(drawn, method):
     a, v, rank, g = drawn
     expected = minimum_norm_shift(a, v, method=method).weight

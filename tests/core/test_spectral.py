@@ -70,6 +70,23 @@ def spectra(draw):
     return a, v @ basis
 
 
+@pytest.mark.parametrize("name", SHIFTS)
+def test_the_map_of_the_weight_is_one_matrix_for_any_tensor(name):
+    a, v = randn(9, 6), randn(3, 6, seed=1)
+    result = SHIFTS[name](Gram(6).update(a), v)
+    matrix = result.linear(torch.eye(6, dtype=torch.float64))
+    assert relative(v @ matrix, result.weight) < 1e-12
+    other = randn(2, 6, seed=2)
+    assert relative(result.linear(other), other @ matrix) < 1e-12
+    assert float(torch.linalg.eigvalsh(matrix).max()) <= 1 + 1e-12  # nothing grows
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+def test_a_failed_shift_maps_nothing(name):
+    other = randn(2, 6)
+    assert torch.equal(SHIFTS[name](Gram(6), randn(3, 6)).linear(other), other)
+
+
 @PROPERTY
 @given(spectra(), st.floats(0.001, 0.999))
 def test_expected_reaches_the_effective_rank_asked_for(drawn, fraction):

@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""Arms × seeds from end to end: what is finished stays, what was interrupted goes on, what fails does not stop the rest."""
+"""Arms × seeds from end to end: the finished stays, the interrupted goes on, the failed does not stop the rest."""
 
 from __future__ import annotations
 

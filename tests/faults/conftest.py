@@ -55,7 +55,7 @@ def defaults(digits, tiny, tmp_path) -> dict[str, Any]:
     return {
         **{"model": str(tiny), "data": str(digits), "epochs": 2, "imgsz": 64, "batch": 8, "device": "cpu"},
         **{"workers": 0, "plots": False, "project": str(tmp_path / "runs"), "optimizer": "SGD", "lr0": 0.02},
-        **{"sos": True, "sos_start": 0.0, "sos_interval": 1, "sos_rank": 0.5, "sos_images": 8, "sos_guard": 1.0},
+        **{"sos": True, "sos_start": 0.01, "sos_interval": 1, "sos_rank": 0.5, "sos_images": 8, "sos_guard": 1.0},
     }
 
 

@@ -118,7 +118,7 @@ def test_early_stopping(train):
 
 @pytest.mark.feature("time=", "works")
 def test_a_limit_of_time(train):
-    run = train(epochs=1000, time=1 / 3600, sos_start=0.0)
+    run = train(epochs=1000, time=1 / 3600, sos_start=0.001)
     epochs = [int(r["epoch"]) for r in run.rows("results.csv")]
     assert 0 < len(epochs) < 1000
     assert_shifted(run, epochs=epochs)

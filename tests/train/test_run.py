@@ -14,7 +14,8 @@ import yaml
 from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.patches import torch_load
-from watched import EPOCHS, read_csv, same
+from ultralytics.utils.torch_utils import unwrap_model
+from watched import EPOCHS, read_csv, same, weights_of
 
 import yolo_sos
 from yolo_sos.config import SOSConfig
@@ -236,8 +237,88 @@ def test_kinds_of_layers_that_are_not_chosen_stay(train, layers):
 def test_interval_and_start(train):
     run = train(sos=True, epochs=5, sos_start=0.3, sos_interval=2)
     assert sorted(run.images) == [2, 4]
-    run = train(sos=True, epochs=2, sos_start=0.0, sos_interval=9)
+    run = train(sos=True, epochs=2, sos_start=0.01, sos_interval=9)
     assert sorted(run.images) == [1]
+
+
+def test_a_start_of_0_shifts_before_the_first_epoch(train, layers):
+    seen = {}
+
+    def note(event):
+        return {event: lambda trainer: seen.update({event: weights_of(trainer)})}
+
+    run = train(
+        sos=True,
+        epochs=2,
+        sos_start=0.0,
+        sos_interval=2,
+        callbacks={**note("on_pretrain_routine_end"), **note("on_train_start")},
+    )
+    assert sorted(run.images) == [0, 2]
+    before, after = seen["on_pretrain_routine_end"], seen["on_train_start"]
+    names = {f"{layer.name}.weight" for layer in layers}
+    for name in "model", "ema":
+        assert norm(after[name], layers) < norm(before[name], layers)
+        assert same(*({k: v for k, v in state[name].items() if k not in names} for state in (before, after)))
+    assert same(after["model"], after["ema"])  # two copies of one model, and the same images
+    assert {int(row["epoch"]) for row in run.shifts} == {0, 2}
+    check_columns(run.results, (2,))
+    assert len([line for line in run.log if "norm²" in line]) == 2
+
+
+def test_a_resumed_run_does_not_shift_before_its_first_epoch(train, interrupt):
+    first = train(
+        sos=True, sos_start=0.0, sos_interval=9, callbacks=interrupt("on_train_epoch_start", 3), error=KeyboardInterrupt
+    )
+    run = train(model=str(first.save_dir / "weights/last.pt"), resume=True)
+    assert run.trainer.start_epoch == 2 and not run.images
+    assert {int(row["epoch"]) for row in run.shifts} == {0}
+
+
+@pytest.mark.parametrize("name", ["model", "ema"])
+def test_a_step_below_1_goes_part_of_the_way(train, layers, name):
+    whole = train(sos=True, epochs=1)
+    part = train(sos=True, epochs=1, sos_step=0.25)
+    assert float(part.results[0]["sos/t"]) == 0.25
+    for layer in layers:
+        key = f"{layer.name}.weight"
+        v, target = whole.trained[1][name][key], whole.ended[1][name][key]
+        assert torch.equal(part.trained[1][name][key], v)
+        torch.testing.assert_close(part.ended[1][name][key], v + 0.25 * (target - v))
+
+
+def momentum_of(trainer):
+    """Return the optimizer's momentum of the final layers' weights, none before its first step."""
+    layers = final_layers(unwrap_model(trainer.model))
+    states = {layer.name: trainer.optimizer.state.get(layer.module.weight, {}) for layer in layers}
+    return {name: s["momentum_buffer"].flatten(1).clone() for name, s in states.items() if "momentum_buffer" in s}
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_momentum_goes_along_where_it_is_told_to(train, layers, momentum):
+    seen = {}
+
+    def note(event):
+        return {event: lambda trainer: seen.update({event: momentum_of(trainer)})}
+
+    run = train(
+        **{"sos": True, "epochs": 1, "sos_momentum": momentum, "sos_layers": "cls"},
+        callbacks={**note("on_train_batch_end"), **note("on_train_epoch_end")},
+    )
+    before, after = seen["on_train_batch_end"], seen["on_train_epoch_end"]
+    weights = run.trained[1]["model"], run.ended[1]["model"]
+    assert list(before) == [layer.name for layer in layers]
+    for name in before:
+        if not momentum or "cv3" not in name:  # the class layers
+            assert torch.equal(before[name], after[name])
+            continue
+        # Both were projected on the subspace of the weight: what it has lost has no part in either.
+        v, target = (w[f"{name}.weight"].flatten(1).double() for w in weights)
+        lost = v - target
+        assert after[name].norm() < before[name].norm()
+        assert (after[name].double() @ lost.T).norm() < 1e-5 * before[name].norm() * lost.norm()
+        kept = before[name].double() - after[name].double()
+        assert (kept @ target.T).norm() < 1e-5 * before[name].norm() * target.norm()
 
 
 def test_without_a_guard_nothing_is_held_out(train):

@@ -15,10 +15,13 @@ from yolo_sos.train.schedule import is_due, step_factor
 
 PROPERTY = settings(derandomize=True, max_examples=200, deadline=None, database=None)
 
-# epochs, start, interval: the epochs, counted from 1, at whose end a shift is due
+# epochs, start, interval: the epochs, counted from 1, at whose end a shift is due; 0 is before the first
 TABLE = [
-    (4, 0.0, 1, [1, 2, 3, 4]),
-    (4, 0.0, 3, [1, 4]),
+    (4, 0.0, 1, [0, 1, 2, 3, 4]),
+    (4, 0.0, 3, [0, 3]),
+    (4, 0.0, 9, [0]),
+    (4, 0.01, 1, [1, 2, 3, 4]),
+    (4, 0.01, 3, [1, 4]),
     (4, 0.25, 1, [1, 2, 3, 4]),
     (4, 0.26, 1, [2, 3, 4]),
     (4, 0.5, 1, [2, 3, 4]),
@@ -29,7 +32,7 @@ TABLE = [
     (4, 1.0, 1, [4]),
     (4, 1.0, 7, [4]),
     (5, 0.5, 1, [3, 4, 5]),
-    (1, 0.0, 1, [1]),
+    (1, 0.0, 1, [0, 1]),
     (1, 0.5, 1, [1]),
     (1, 1.0, 1, [1]),
     (30, 0.1, 9, [3, 12, 21, 30]),  # 0.1 · 30 is 3.0000000000000004
@@ -40,7 +43,7 @@ TABLE = [
 
 
 def due(epochs, start, interval):
-    return [epoch + 1 for epoch in range(epochs) if is_due(epoch, epochs, start, interval)]
+    return [trained for trained in range(epochs + 1) if is_due(trained, epochs, start, interval)]
 
 
 @pytest.mark.parametrize(("epochs", "start", "interval", "expected"), TABLE)
@@ -52,7 +55,7 @@ def test_table(epochs, start, interval, expected):
 @given(epochs=st.integers(1, 1000), percent=st.integers(0, 100), interval=st.integers(1, 50))
 def test_the_first_shift_follows_the_part_that_is_trained_before_it(epochs, percent, interval):
     found = due(epochs, percent / 100, interval)
-    assert found[0] == max(1, math.ceil(Fraction(percent, 100) * epochs))
+    assert found[0] == math.ceil(Fraction(percent, 100) * epochs)
     assert all(b - a == interval for a, b in pairwise(found))
     assert epochs - found[-1] < interval
 

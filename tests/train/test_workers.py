@@ -84,6 +84,7 @@ from types import SimpleNamespace
 import torch
 from torch import distributed as dist, nn
 from ultralytics.nn.tasks import DetectionModel
+from yolo_sos.config import SOSConfig
 from yolo_sos.heads import final_layers
 from yolo_sos.train import SOSDetectionTrainer
 
@@ -94,6 +95,12 @@ models = {name: DetectionModel(sys.argv[1], verbose=False) for name in ("ema", "
 layers = {name: final_layers(model) for name, model in models.items()}
 trainer = object.__new__(SOSDetectionTrainer)
 trainer.world_size, trainer.model, trainer.ema = 2, models["model"], SimpleNamespace(ema=models["ema"])
+trainer.sos = SOSConfig.from_dict({"sos_momentum": True})
+trainer.optimizer = torch.optim.SGD(models["model"].parameters(), momentum=0.9)
+momentum = {layer: torch.rand_like(layer.module.weight) for layer in layers["model"]}
+for layer, x in momentum.items():
+    trainer.optimizer.state[layer.module.weight]["momentum_buffer"] = x
+kept = {layer: x.clone() for layer, x in momentum.items()}
 trainer._shifted_names = {layer.name for layer in layers["ema"] if layer.kind == "cls"}
 state = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in models.items()}
 
@@ -103,6 +110,8 @@ def shift(_):
         for layer in layers[name]:
             if layer.kind == "cls":
                 nn.init.constant_(layer.module.weight, 0.5 if name == "ema" else 0.25)
+                if name == "model":
+                    nn.init.constant_(momentum[layer], 0.75)
     return {"ema": "report"}
 
 def fail(_):
@@ -124,6 +133,8 @@ for name, value in (("ema", 0.5), ("model", 0.25)):
     for key, now in models[name].state_dict().items():
         same = torch.equal(now, torch.full_like(now, value) if key in chosen else state[name][key])
         assert same, f"{name} {key} on rank {rank}"
+for layer, x in momentum.items():
+    assert torch.equal(x, torch.full_like(x, 0.75) if layer.kind == "cls" else kept[layer]), f"momentum on rank {rank}"
 dist.destroy_process_group()
 print("done")
 """

@@ -22,7 +22,7 @@ def settings_of(settings: dict[str, Any]) -> tuple[SOSConfig, int | None]:
 
     Args:
         settings (dict): Settings as in ``cfg/sos.yaml``, with or without ``sos_`` before their names. ``images`` may be
-            ``all``. Those that say when a training shifts are refused.
+            ``all``. Those of a training alone are refused.
 
     Raises:
         ValueError: If a setting is unknown, wrong, or given by both of its names.

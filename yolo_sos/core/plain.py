@@ -40,6 +40,7 @@ def shift_model(
     criterion: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy,
     layer: nn.Module | None = None,
     method: Method | None = None,
+    step: float = 1.0,
     guard: float | None = 0.0,
     seed: int = 0,
 ) -> ShiftReport:
@@ -57,6 +58,7 @@ def shift_model(
         criterion (Callable): ``criterion(output, targets) -> scalar``, mean over the batch.
         layer (nn.Module, optional): The final ``nn.Linear`` or 1×1 ``nn.Conv2d``. None: that of ``last_linear``.
         method (Method, optional): How to shift. None: ``Method()``.
+        step (float): Largest part of the way that the shift goes, see ``shift_layers``.
         guard (float, optional): Largest relative rise of the held-out loss, see ``shift_layers``.
         seed (int): Seeds the drawing of rows.
 
@@ -87,6 +89,7 @@ def shift_model(
         ModelTask(model, [final], criterion),
         heldout=_on_device(heldout, device),
         method=method,
+        step=step,
         guard=guard,
         seed=seed,
     )

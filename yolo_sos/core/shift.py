@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from yolo_sos.core.task import Task
 from yolo_sos.core.weighting import WEIGHTINGS, GroupedGram, RowSample, row_weights
 
 METHODS = ("principal", "expected", "budget", "full", "rows")
-STEPS = (1.0, 0.5, 0.25, 0.0)  # t of V + t(V* − V), in the order in which the guard tries them
+STEPS = (1.0, 0.5, 0.25, 0.0)  # parts of the largest t of V + t(V* − V), in the order in which the guard tries them
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,9 @@ def shift_layers(
     *,
     heldout: Iterable[Any] = (),
     shifted: Sequence[FinalLayer] | None = None,
+    along: Mapping[str, Sequence[Tensor]] | None = None,
     method: Method | None = None,
+    step: float = 1.0,
     guard: float | None = 0.0,
     seed: int = 0,
 ) -> ShiftReport:
@@ -321,9 +323,12 @@ def shift_layers(
         task (Task): How to run and judge a batch.
         heldout (Iterable): Other batches, for the guard; consumed once, inputs of the final layers kept.
         shifted (Sequence[FinalLayer], optional): Those of ``layers`` to shift. None: all.
+        along (Mapping[str, Sequence[Tensor]], optional): Layer name → tensors of its weight's shape that take the same
+            linear map as the weight, in place: an optimizer's momentum, which else carries the weight back.
         method (Method, optional): How. None: ``Method()``.
-        guard (float, optional): Largest relative rise of the held-out loss. Where a full step rises more, steps of ½
-            and ¼ along V* − V are tried, then 0. None: no guard, ``heldout`` is not read.
+        step (float): Largest t of ``V + t(V* − V)``, above 0 and up to 1.
+        guard (float, optional): Largest relative rise of the held-out loss. Where the whole step rises more, ½ and ¼ of
+            it are tried, then 0. None: no guard, ``heldout`` is not read.
         seed (int): Seeds the drawing of rows.
 
     Returns:
@@ -337,6 +342,8 @@ def shift_layers(
     shifted = list(layers if shifted is None else shifted)
     if not shifted:
         raise ValueError("There is no layer to shift.")
+    if not 0.0 < step <= 1.0:
+        raise ValueError(f"step={step} must be above 0 and at most 1.")
     watched = list({layer.name: layer for layer in layers}.values())
     collector = Collector(task, watched, shifted, [(method, seed)])
     kept = HeldOut(task, watched)
@@ -361,27 +368,34 @@ def shift_layers(
         watch.lap("solve")
         if guard is not None and not kept.batches:
             raise ValueError("The guard needs held-out batches; pass some, or guard=None.")
-        step, before, after = guarded_step(shifted, results, kept, guard)
+        t, before, after = guarded_step(shifted, results, kept, guard, step)
         watch.lap("guard")
 
-    if step > 0:
-        _write([(layer, stepped(layer, results[layer.name], step)) for layer in shifted])
+    if t > 0:
+        _write(
+            [(layer, stepped(layer, results[layer.name], t)) for layer in shifted],
+            [(x, mapped(x, results[name], t)) for name, tensors in (along or {}).items() for x in tensors],
+        )
     watch.lap("write")
-    records = tuple(_record(layer, collector.rows(layer), results[layer.name], step) for layer in shifted)
-    return ShiftReport(records, before, after, step, watch.milliseconds)
+    records = tuple(_record(layer, collector.rows(layer), results[layer.name], t) for layer in shifted)
+    return ShiftReport(records, before, after, t, watch.milliseconds)
 
 
 def guarded_step(
-    layers: Sequence[FinalLayer], results: dict[str, ShiftResult], heldout: HeldOut, guard: float | None
+    layers: Sequence[FinalLayer],
+    results: dict[str, ShiftResult],
+    heldout: HeldOut,
+    guard: float | None,
+    largest: float = 1.0,
 ) -> tuple[float, float, float]:
-    """Return the accepted step and the held-out loss before and after it."""
+    """Return the accepted step, at most ``largest``, and the held-out loss before and after it."""
     failed = any(result.status != OK for result in results.values())
     if guard is None:
-        return (0.0 if failed else 1.0), float("nan"), float("nan")
+        return (0.0 if failed else largest), float("nan"), float("nan")
     before = heldout.loss({})
     if failed or not math.isfinite(before):
         return 0.0, before, before
-    for step in STEPS:
+    for step in (part * largest for part in STEPS):
         after = heldout.loss({layer.name: stepped(layer, results[layer.name], step) for layer in layers})
         if after <= before + guard * abs(before):  # a loss that is not a number is not accepted
             return step, before, after
@@ -397,15 +411,26 @@ def stepped(layer: FinalLayer, result: ShiftResult, step: float) -> Tensor:
     return (v + step * (target - v)).to(weight.dtype).to(weight.device)
 
 
-def _write(weights: Sequence[tuple[FinalLayer, Tensor]]) -> None:
-    """Write all of the weights, or none of them."""
+def mapped(tensor: Tensor, result: ShiftResult, step: float) -> Tensor:
+    """Return what a step of a weight's shift, as a linear map, makes of a tensor of the weight's shape."""
+    x = as_float64(tensor.flatten(1)).to(as_float64(result.weight).device)
+    return (x + step * (result.linear(x) - x)).to(tensor.device, tensor.dtype).view_as(tensor)
+
+
+def _write(weights: Sequence[tuple[FinalLayer, Tensor]], along: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write all of the weights, and over each tensor ``along`` the one that follows it; or nothing at all."""
     before = [(layer, weight_matrix(layer.module).clone()) for layer, _ in weights]
+    beside = [(tensor, tensor.clone()) for tensor, _ in along]
     try:
         for layer, weight in weights:
             write_weight(layer.module, weight)
+        for tensor, new in along:
+            tensor.copy_(new)
     except BaseException:  # KeyboardInterrupt too
         for layer, weight in before:
             write_weight(layer.module, weight)
+        for tensor, old in beside:
+            tensor.copy_(old)
         raise
 
 

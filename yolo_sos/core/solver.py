@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class ShiftResult:
             G; 0 where there is no output to change.
         status (str): ``ok``; ``non-finite``: NaN or Inf in the input, or an overflow on the way; ``rank-zero``: the
             rows span nothing.
+        linear (Callable): The linear map that took V to V*, for other tensors ``(…, d)`` in float64 and on the solver's
+            device; the identity unless status is ok.
     """
 
     weight: Tensor
@@ -46,6 +48,7 @@ class ShiftResult:
     norm_after: float
     deviation: float
     status: str = OK
+    linear: Callable[[Tensor], Tensor] = field(default=lambda x: x, repr=False, compare=False)
 
 
 def unchanged(weight: Tensor, status: str) -> ShiftResult:
@@ -94,12 +97,30 @@ def minimum_norm_shift(
         return unchanged(weight, RANK_ZERO)
     # The span does not know how long a row is; nor should "zero" depend on it.
     peak = a.abs().amax(1, keepdim=True)
-    shifted, rank = _METHODS[method](a / torch.where(peak > 0, peak, 1.0), v, rtol)
+    scaled = a / torch.where(peak > 0, peak, 1.0)
+    shifted, rank = _METHODS[method](scaled, v, rtol)
     a = a / peak.max()  # the deviation is relative, and squares of 1e200 are not finite
-    return _result(weight, v, shifted, rank, outputs=a @ v.T, change=a @ (shifted - v).T)
+    return _result(
+        weight,
+        v,
+        shifted,
+        rank,
+        outputs=a @ v.T,
+        change=a @ (shifted - v).T,
+        linear=lambda x: _METHODS[method](scaled, x, rtol)[0],
+    )
 
 
-def _result(weight: Tensor, v: Tensor, shifted: Tensor, rank: float, outputs: Tensor, change: Tensor) -> ShiftResult:
+def _result(
+    weight: Tensor,
+    v: Tensor,
+    shifted: Tensor,
+    rank: float,
+    *,
+    outputs: Tensor,
+    change: Tensor,
+    linear: Callable[[Tensor], Tensor],
+) -> ShiftResult:
     if rank == 0:
         return unchanged(weight, RANK_ZERO)
     norm_before, norm_after, size = float(v.norm()), float(shifted.norm()), float(outputs.norm())
@@ -108,7 +129,7 @@ def _result(weight: Tensor, v: Tensor, shifted: Tensor, rank: float, outputs: Te
     # The new weight too: an entry of V* can be larger than any of V, more than float16 holds.
     if not (new.isfinite().all() and all(map(math.isfinite, (norm_before, norm_after, size, deviation)))):
         return unchanged(weight, NON_FINITE)
-    return ShiftResult(new, float(rank), norm_before, norm_after, deviation)
+    return ShiftResult(new, float(rank), norm_before, norm_after, deviation, linear=linear)
 
 
 def _svd(a: Tensor, v: Tensor, rtol: float) -> tuple[Tensor, int]:
@@ -310,4 +331,5 @@ def _spectral_shift(gram: Gram, weight: Tensor, spectral_filter: Callable[[Tenso
         float(f.sum()),
         outputs=projected * root,
         change=projected * (f - 1) * root,
+        linear=lambda x: (x @ vectors * f) @ vectors.T,
     )

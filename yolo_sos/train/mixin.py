@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from ultralytics import __version__ as host_version
 from ultralytics.cfg import cfg2dict
 from ultralytics.nn.tasks import load_checkpoint
@@ -37,6 +37,7 @@ from yolo_sos.train.sharpness import SharpnessAware
 # workers of a distributed run, and args refuse keys that are not the host's.
 CARRIER = "sos_settings"
 PREFIX = colorstr("SOS: ")
+MOMENTUM = ("momentum_buffer", "momentum_buffer_SGD", "exp_avg")  # as torch's optimizers and the host's MuSGD have it
 TESTED_HOSTS = ("8.4.150", "8.4.190")  # the releases of Ultralytics that the suite has passed with
 
 
@@ -45,8 +46,8 @@ class SOSMixin(SharpnessAware, WeightAveraging):
 
     The settings are taken out of ``overrides`` and never reach ``trainer.args``. With ``sos=False`` the trainer is the
     stock one, unless a setting of ``RECIPE`` asks for more. With ``sos=True``, at the end of each epoch for
-    which ``is_due`` says so, before validation and saving, the EMA and the live model are shifted, each from its own
-    features of the same few training images.
+    which ``is_due`` says so, before validation and saving, and with ``sos_start=0`` also before the first epoch, the
+    EMA and the live model are shifted, each from its own features of the same few training images.
 
     Attributes:
         sos (SOSConfig): The settings.
@@ -181,7 +182,13 @@ class SOSMixin(SharpnessAware, WeightAveraging):
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_lambda=self.lf)
 
     def run_callbacks(self, event: str) -> None:
-        """Shift at the end of a training epoch, ahead of the callbacks: before the EMA is validated and saved."""
+        """Shift at the end of a training epoch, or before the first, ahead of the callbacks.
+
+        At the end of an epoch that is before the EMA is validated and saved.
+        """
+        if event == "on_train_start" and self.sos.sos and not self.start_epoch:
+            self.epoch = -1  # none has been trained; the host counts from here on
+            self._shift_if_due()
         if event == "on_train_epoch_end":
             if self.sos.swa is not None:
                 self._average()  # first: what is shifted is the average
@@ -192,15 +199,20 @@ class SOSMixin(SharpnessAware, WeightAveraging):
         super().run_callbacks(event)
 
     def _end_epoch(self) -> None:
-        reports: dict[str, ShiftReport] = {}
-        if is_due(self.epoch, self.epochs, self.sos.sos_start, self.sos.sos_interval):
-            reports = self._shift()
-        self._shift_columns = columns(reports)
+        self._shift_columns = columns(self._shift_if_due())
         if RANK in {-1, 0}:
             self.metrics.update(self._shift_columns)  # an epoch without validation keeps these metrics
-            if reports:
-                self._shift_log.add(self.epoch + 1, reports)
-                LOGGER.info(PREFIX + log_line(reports))
+
+    def _shift_if_due(self) -> dict[str, ShiftReport]:
+        """Shift if it is time to, and keep a record; returns what ``_shift`` does."""
+        trained = self.epoch + 1
+        if not is_due(trained, self.epochs, self.sos.sos_start, self.sos.sos_interval):
+            return {}
+        reports = self._shift()
+        if reports:
+            self._shift_log.add(trained, reports)
+            LOGGER.info(PREFIX + log_line(reports))
+        return reports
 
     def _analyze(self) -> None:
         """Measure the EMA, as it is validated and saved: on rank 0, the others meet it again at validation."""
@@ -251,7 +263,8 @@ class SOSMixin(SharpnessAware, WeightAveraging):
             if error is None:
                 for model in models.values():
                     for layer in self._shifted(model):
-                        dist.broadcast(layer.module.weight.data, src=0)
+                        for tensor in (layer.module.weight.data, *self._momentum(layer)):
+                            dist.broadcast(tensor, src=0)
         if error is not None:
             raise error
         return reports
@@ -263,7 +276,7 @@ class SOSMixin(SharpnessAware, WeightAveraging):
         source = self._source
         images = source.images
         sample = ShiftSample(self, source.view, images, guard is not None, seed, source.labels)
-        criterion = unwrap_model(self.model).criterion
+        criterion = getattr(unwrap_model(self.model), "criterion", None)  # made with the first batch of training
         reports: dict[str, ShiftReport] = {}
         while waiting := [name for name in models if name not in reports]:
             model = models[waiting[0]]
@@ -275,7 +288,9 @@ class SOSMixin(SharpnessAware, WeightAveraging):
                     HostTask(model, criterion),
                     heldout=sample.batches("heldout"),
                     shifted=self._shifted(model),
+                    along={layer.name: self._momentum(layer) for layer in self._shifted(model)},
                     method=self.sos.method(),
+                    step=self.sos.sos_step,
                     guard=guard,
                     seed=seed,
                 )
@@ -290,6 +305,11 @@ class SOSMixin(SharpnessAware, WeightAveraging):
 
     def _shifted(self, model: nn.Module) -> list[FinalLayer]:
         return [layer for layer in final_layers(model) if layer.name in self._shifted_names]
+
+    def _momentum(self, layer: FinalLayer) -> list[Tensor]:
+        """Return the momentum that a shift of the layer takes along: none of the EMA, which has no optimizer."""
+        state = self.optimizer.state.get(layer.module.weight, {}) if self.sos.sos_momentum else {}
+        return [state[key] for key in MOMENTUM if state.get(key) is not None]
 
     def validate(self) -> tuple[dict[str, Any] | None, float | None]:
         """Validate as the host does; our columns join its metrics, and so every logger."""

@@ -78,7 +78,7 @@ class ShiftLog:
                     raise ValueError(f"{path}: not a log of shifts. Remove it to resume without it.") from e
 
     def add(self, epoch: int, reports: dict[str, ShiftReport]) -> None:
-        """Append the shifts at the end of ``epoch``, counted from 1 as in results.csv.
+        """Append the shifts at the end of ``epoch``, counted from 1 as in results.csv; 0 is before the first.
 
         Lines of that epoch that are there already go: the host runs an epoch again when it recovers from NaN.
         """

@@ -7,21 +7,19 @@ import math
 from collections.abc import Sequence
 
 
-def is_due(epoch: int, epochs: int, start: float, interval: int) -> bool:
-    """Tell whether a shift is due at the end of an epoch.
+def is_due(trained: int, epochs: int, start: float, interval: int) -> bool:
+    """Tell whether a shift is due.
 
     Args:
-        epoch (int): The epoch that ends, counted from 0 as in the host's loop.
+        trained (int): Epochs that have been trained: 0 before the first one, ``epochs`` at the end of the last.
         epochs (int): Epochs of the whole run.
-        start (float): Fraction of the epochs that are trained before the first shift, in [0, 1]; at least one epoch is.
+        start (float): Fraction of the epochs that are trained before the first shift, in [0, 1].
         interval (int): Epochs from one shift to the next.
 
     Returns:
-        (bool): True at the end of epoch ``ceil(start · epochs)`` (counted from 1) and every ``interval`` after it.
+        (bool): True after ``ceil(start · epochs)`` epochs and every ``interval`` from there on.
     """
-    trained = epoch + 1
-    # Rounded first: 0.1 · 30 is 3.0000000000000004.
-    first = max(1, math.ceil(round(start * epochs, 6)))
+    first = math.ceil(round(start * epochs, 6))  # rounded first: 0.1 · 30 is 3.0000000000000004
     return trained >= first and (trained - first) % interval == 0
 
 
