@@ -40,7 +40,12 @@ def test_configs_differ_in_the_first_key_that_differs():
     assert difference({"a": 1, "b": [1]}, {"b": (1,), "a": 1}) is None
     assert difference({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 3, "c": 4}) == "b"
     assert difference({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 3, "c": 4}, besides=("b",)) == "c"
-    assert difference({"a": None}, {}) is None  # a setting that an older release did not have yet
+    assert difference({"a": None}, {}) is None
+
+
+def test_a_setting_that_an_older_release_did_not_have_counts_as_its_default():
+    assert difference({"sos": True}, {"sos": True, "sos_step": 1.0}) is None
+    assert difference({"sos": True}, {"sos": True, "sos_step": 0.5}) == "sos_step"
 
 
 def test_wall_time_counts_every_stretch(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_sos import __version__
+from yolo_sos.config import SOSConfig
 from yolo_sos.files import read_json, write_text
 
 PACKAGES = ("ultralytics", "torch", "torchvision", "numpy", "opencv-python")
@@ -50,13 +51,16 @@ def read_record(path: Path) -> dict[str, Any]:
 def difference(one: dict[str, Any], other: dict[str, Any], besides: tuple[str, ...] = ()) -> str | None:
     """Return the first key, in order, in which two configs differ; None if they agree.
 
+    A setting of ours that one of them does not have yet, from an older release, counts as its default.
+
     Args:
         one (dict): A config, as records keep it.
         other (dict): Another.
         besides (tuple[str, ...]): Keys that may differ.
     """
-    keys = sorted({*one, *other} - set(besides))
-    return next((key for key in keys if _plain(one.get(key)) != _plain(other.get(key))), None)
+    defaults = SOSConfig.from_dict({}).to_dict()
+    one, other = _plain({**defaults, **one}), _plain({**defaults, **other})
+    return next((key for key in sorted({*one, *other} - {*besides}) if one.get(key) != other.get(key)), None)
 
 
 def versions() -> dict[str, str]:
