@@ -40,8 +40,8 @@ HELP = """
     2. Keep a quarter of each final layer's input dimensions, from the last fifth of the epochs on:
         yolo-sos train data=coco8.yaml model=yolo11n.pt epochs=50 sos=true sos_rank=0.25 sos_start=0.8
 
-    3. The paper's row sampling, 300 rows, every epoch:
-        yolo-sos train data=VOC.yaml model=yolov5s.pt sos=true sos_method=rows sos_rank=300 sos_weighting=uniform
+    3. The paper's row sampling, half as many rows as a layer has inputs, every epoch:
+        yolo-sos train data=VOC.yaml model=yolov5s.pt cfg=voc/rows.yaml
 
     4. No data at hand: real handwritten digits, made on first use
         yolo-sos train data=digits.yaml model=yolov5n.yaml imgsz=160 epochs=15 sos=true
@@ -80,7 +80,16 @@ HELP = """
         images whose features are read, at most 256 images if not given; imgsz, batch, device, seed, project, name,
         exist_ok.
 
-    11. Special commands:
+    11. Compare arms over seeds, with a record of each run and a table of all; finished runs are skipped, interrupted
+        ones go on. An experiment is a folder with default.yaml and a YAML of differences per arm:
+        yolo-sos experiment voc/yolov5s seeds=0,1,2 device=0
+        yolo-sos experiment bccd arms=baseline,principal seeds=0,1,2,3,4 plan=true
+        yolo-sos table voc/yolov5s
+
+        Takes plan=true, which runs nothing; arms; launcher=ray, a task per run on a Ray cluster; splits=val,test to
+        judge on; project for the runs and results for the records; and what train takes, for all arms.
+
+    12. Special commands:
         yolo-sos help
         yolo-sos version
         yolo-sos checks
