@@ -71,7 +71,7 @@ def test_steps_leave_the_average_alone(averaged):
 
 def test_without_it_nothing_is_averaged(train, stock):
     run = train(sharpness_aware="sam", epochs=1)
-    assert torch_load(run.save_dir / "weights/last.pt", map_location="cpu")["sos"]["averaged"] == 0
+    assert "averaged" not in torch_load(run.save_dir / "weights/last.pt", map_location="cpu")["sos"]
     assert run.trainer.ema.enabled
 
 

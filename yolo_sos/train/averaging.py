@@ -50,7 +50,7 @@ class WeightAveraging(BaseTrainer):
         """At the end of an epoch, take the live model into the average if it is time."""
         assert self.sos.swa is not None
         # `time` estimates the epochs anew as it goes: what has begun goes on.
-        if not self._averaged and not is_due(self.epoch, self.epochs, self.sos.swa, 1):
+        if not self._averaged and not is_due(self.epoch + 1, self.epochs, self.sos.swa, 1):
             return
         live = unwrap_model(self.model)
         average = AveragedModel(live)

@@ -331,7 +331,9 @@ class SOSMixin(SharpnessAware, WeightAveraging):
                 saved = super().save_model()
             # Plain values only: a class of ours would make the checkpoint unreadable without yolo_sos.
             ckpt = torch_load(Path(folder) / "last.pt", map_location="cpu")
-            ckpt[CHECKPOINT_KEY] = {"version": __version__, "settings": self.sos.to_dict(), AVERAGED: self._averaged}
+            ckpt[CHECKPOINT_KEY] = {"version": __version__, "settings": self.sos.to_dict()}
+            if self.sos.swa is not None:
+                ckpt[CHECKPOINT_KEY][AVERAGED] = self._averaged
             buffer = io.BytesIO()
             torch.save(ckpt, buffer)
             for file in Path(folder).glob("*.pt"):  # last, best and epochN are one and the same
