@@ -107,7 +107,7 @@ def test_what_everyone_reads_knows_neither_torch_nor_the_host(module):
 def test_the_host_is_known_where_it_must_be():
     allowed = (
         *("yolo_sos.heads", "yolo_sos.train", "yolo_sos.checkpoint", "yolo_sos.data", "yolo_sos.experiment"),
-        *("yolo_sos.analyze", "yolo_sos.arguments", "yolo_sos.cli"),
+        *("yolo_sos.analyze", "yolo_sos.arguments", "yolo_sos.memory", "yolo_sos.cli"),
     )
     knowing = [module for module in modules() if "ultralytics" in others(module)]
     assert [module for module in knowing if not within(module, *allowed)] == []

@@ -12,11 +12,11 @@ from torch import nn
 
 from yolo_sos.analyze.collapse import NAMES, Collapse, class_layers, collect, mean_measures
 from yolo_sos.analyze.hessian import Subject, traces
-from yolo_sos.analyze.memory import with_fewer
 from yolo_sos.analyze.report import digits
 from yolo_sos.core import InputCapture
 from yolo_sos.core.shift import evaluation
 from yolo_sos.heads import HostTask, final_layers, head_of
+from yolo_sos.memory import with_fewer
 
 PROBES = 8
 CURVATURE = 8  # images

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,11 +23,11 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_sos import __version__
 from yolo_sos.analyze import curves, watch
-from yolo_sos.analyze.memory import is_out_of_memory
 from yolo_sos.config import CHECKPOINT_KEY, SOSConfig, is_sos_key, resolve_data, resolve_model
 from yolo_sos.core import FinalLayer, ShiftReport, shift_layers
 from yolo_sos.files import atomic_path, write_text
 from yolo_sos.heads import HostTask, final_layers, select_layers
+from yolo_sos.memory import with_fewer
 from yolo_sos.train.averaging import AVERAGED, WeightAveraging
 from yolo_sos.train.record import ShiftLog, columns, log_line
 from yolo_sos.train.sampling import IMAGES, PER_CLASS, ShiftSample, Source, plain_view, preserve_rng, split_sizes
@@ -274,33 +275,31 @@ class SOSMixin(SharpnessAware, WeightAveraging):
         # One seed per epoch: a resumed run draws what an unbroken one would have drawn.
         seed = self.args.seed + 1_000_003 * (self.epoch + 1)
         source = self._source
-        images = source.images
-        sample = ShiftSample(self, source.view, images, guard is not None, seed, source.labels)
         criterion = getattr(unwrap_model(self.model), "criterion", None)  # made with the first batch of training
+        samples: dict[int, ShiftSample] = {}  # one, which both models see
+
+        def shift(model: nn.Module, images: int) -> ShiftReport:
+            if images not in samples:
+                samples.clear()
+                samples[images] = ShiftSample(self, source.view, images, guard is not None, seed, source.labels)
+            return shift_layers(
+                model,
+                final_layers(model),
+                samples[images].batches("fit"),
+                HostTask(model, criterion),
+                heldout=samples[images].batches("heldout"),
+                shifted=self._shifted(model),
+                along={layer.name: self._momentum(layer) for layer in self._shifted(model)},
+                method=self.sos.method(),
+                step=self.sos.sos_step,
+                guard=guard,
+                seed=seed,
+            )
+
         reports: dict[str, ShiftReport] = {}
-        while waiting := [name for name in models if name not in reports]:
-            model = models[waiting[0]]
-            try:
-                reports[waiting[0]] = shift_layers(
-                    model,
-                    final_layers(model),
-                    sample.batches("fit"),
-                    HostTask(model, criterion),
-                    heldout=sample.batches("heldout"),
-                    shifted=self._shifted(model),
-                    along={layer.name: self._momentum(layer) for layer in self._shifted(model)},
-                    method=self.sos.method(),
-                    step=self.sos.sos_step,
-                    guard=guard,
-                    seed=seed,
-                )
-            except (MemoryError, RuntimeError) as e:
-                if images == 1 or not is_out_of_memory(e):
-                    raise
-                images //= 2
-                LOGGER.warning(f"{PREFIX}out of memory: this shift goes on with {images} images.")
-                sample = ShiftSample(self, source.view, images, guard is not None, seed, source.labels)
-                self._clear_memory()
+        images = source.images
+        for name, model in models.items():
+            reports[name], images = with_fewer(images, partial(shift, model), "images for the shift")
         return reports
 
     def _shifted(self, model: nn.Module) -> list[FinalLayer]:
