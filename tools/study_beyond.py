@@ -316,6 +316,9 @@ def start(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     model = DetectionModel(bench.model.yaml, nc=len(bench.model.names), verbose=False)
     model.load(YOLO(args.pretrained).model, verbose=False)
     model.args, model.names = bench.model.args, bench.model.names
+    widths = [[weight_matrix(layer.module).shape for layer in final_layers(m)] for m in (model, bench.model)]
+    if widths[0] != widths[1]:
+        raise ValueError(f"--pretrained {args.pretrained} gives another head than that of {args.weights}.")
     task, batches = HostTask(model), list(bench.images.batches("fit"))
     trained = balanced_moments(bench.model, bench.task, batches)
     untrained = balanced_moments(model, task, batches)
@@ -531,13 +534,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/study"), help="where the record goes")
     args = parser.parse_args()
     name = args.name or (Path(args.data).stem if Path(args.data).stem != "data" else Path(args.data).parent.name)
+    first = {"start": [start(args, seed) for seed in args.seeds]} if args.pretrained else {}
     records = [study(args, seed, curved=seed == args.seeds[0]) for seed in args.seeds]
     versions = {"yolo_sos": __version__, **{k: version(k) for k in ("ultralytics", "torch")}}
     record = {
         "config": {**{k: v for k, v in vars(args).items() if k not in {"out", "weights", "pretrained"}}, "data": name},
         "versions": {**versions, "python": platform.python_version(), "machine": platform.machine()},
         "seeds": records,
-        **({"start": [start(args, seed) for seed in args.seeds]} if args.pretrained else {}),
+        **first,
     }
     write_text(args.out / f"beyond-{name}.json", json.dumps(record, indent=1) + "\n")
     print(tables(records))
