@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -106,7 +107,7 @@ class Experiment:
         if self.splits is None:
             settings = waiting[0].arm.config
             found = tuple(available_splits(settings["task"], data_of(waiting[0])))
-            waiting = [Run(r.experiment, r.arm, r.seed, r.folder, r.device, found) for r in waiting]
+            waiting = [replace(run, splits=found) for run in waiting]
         failed: list[str] = []
         bar = TQDM(total=len(self.runs), initial=len(self.finished), desc=self.name)
         for run, outcome in LAUNCHERS[self.launcher](waiting):
