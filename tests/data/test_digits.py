@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from ultralytics.data import utils as host
 from ultralytics.data.dataset import YOLODataset
+from ultralytics.utils import YAML as HostYAML
 
 from yolo_sos.data import digits
 from yolo_sos.data.digits import build, draw_scene, source_digits, split_source
@@ -146,6 +147,49 @@ def test_the_same_options_give_the_same_bytes(tmp_path):
     assert all(a[k] != v for k, v in content(tmp_path / "other").items() if k in jpgs)
 
 
+def objects_of(root, split):
+    return [read_annotation(root / f"voc/Annotations/{i}.xml").objects for i in read_image_set(root / "voc", split)]
+
+
+def test_label_noise_changes_classes_of_training_objects_and_nothing_else(tmp_path):
+    counts = {"train": 60, "val": 10, "test": 10, "imgsz": 64}
+    for name, noise in ("clean", 0.0), ("some", 0.2), ("again", 0.2), ("more", 0.5), ("all", 1.0):
+        build(tmp_path / name, **counts, label_noise=noise)
+    clean, some = (content(tmp_path / name) for name in ("clean", "some"))
+    assert some == content(tmp_path / "again") and "label_noise" in some["digits.json"].decode()
+    changed = {k for k in clean if clean[k] != some[k]} - {"digits.json"}
+    assert changed and all(k.startswith(("voc/Annotations/train", "labels/train", "difficult/train")) for k in changed)
+
+    wrong = {}
+    for name in "some", "more", "all":
+        pairs = []
+        for before, after in zip(
+            objects_of(tmp_path / "clean", "train"), objects_of(tmp_path / name, "train"), strict=True
+        ):
+            assert [(o.box, o.difficult) for o in before] == [(o.box, o.difficult) for o in after]
+            pairs += [(o.name, p.name) for o, p in zip(before, after, strict=True)]
+        wrong[name] = {(i, new) for i, (old, new) in enumerate(pairs) if old != new}
+    assert len(wrong["all"]) == len(pairs)
+    assert len(wrong["some"]) == pytest.approx(0.2 * len(pairs), abs=4 * (0.16 * len(pairs)) ** 0.5)
+    assert wrong["some"] < wrong["more"] < wrong["all"]
+    offsets = [(int(new) - int(old)) % 10 for old, new in pairs]
+    np.testing.assert_allclose(np.bincount(offsets, minlength=10)[1:] / len(pairs), 1 / 9, atol=0.09)
+
+
+def test_sets_made_before_there_was_label_noise_are_reused(tmp_path, monkeypatch):
+    yaml = build(tmp_path / "set", **SMALL)
+    assert "label_noise" not in (tmp_path / "set/digits.json").read_text()
+    monkeypatch.setattr(digits, "draw_scene", None)
+    assert build(tmp_path / "set", **SMALL, label_noise=0) == yaml
+
+
+def test_the_noisy_set_differs_from_the_clean_one_in_its_noise_alone():
+    clean, noisy = (HostYAML.load(YAML.with_name(f"{name}.yaml")) for name in ("digits", "digits-noisy"))
+    assert noisy.pop("path") == "digits-noisy" and clean.pop("path") == "digits"
+    assert noisy.pop("download") == clean.pop("download").replace(")", ", label_noise=0.2)")
+    assert noisy == clean
+
+
 def test_it_can_be_moved(tmp_path):
     yaml = build(tmp_path / "a", **SMALL)
     (tmp_path / "a").rename(tmp_path / "b")
@@ -188,7 +232,15 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "option",
-    [{"val": 0}, {"imgsz": 63}, {"digits": (3, 2)}, {"digits": (0, 2)}, {"digits": (1, 21)}, {"seed": -1}],
+    [
+        {"val": 0},
+        {"imgsz": 63},
+        {"digits": (3, 2)},
+        {"digits": (0, 2)},
+        {"digits": (1, 21)},
+        {"seed": -1},
+        {"label_noise": 1.1},
+    ],
 )
 def test_options_out_of_range_are_named(tmp_path, option):
     with pytest.raises(ValueError, match=f"^{next(iter(option))}="):
