@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,8 +13,7 @@ from torch import distributed as dist
 from ultralytics import __version__ as host_version
 from ultralytics.cfg import cfg2dict
 from ultralytics.nn.tasks import load_checkpoint
-from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML, colorstr
-from ultralytics.utils.patches import torch_load
+from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_sos import __version__
@@ -28,7 +23,8 @@ from yolo_sos.core import FinalLayer, ShiftReport, shift_layers
 from yolo_sos.files import atomic_path, write_text
 from yolo_sos.heads import HostTask, final_layers, select_layers
 from yolo_sos.memory import with_fewer
-from yolo_sos.train.averaging import AVERAGED, WeightAveraging
+from yolo_sos.train.averaging import WeightAveraging
+from yolo_sos.train.checkpoints import PREFIX, Checkpoints
 from yolo_sos.train.record import ShiftLog, columns, log_line
 from yolo_sos.train.sampling import IMAGES, PER_CLASS, ShiftSample, Source, plain_view, preserve_rng, split_sizes
 from yolo_sos.train.schedule import is_due, step_factor
@@ -37,12 +33,11 @@ from yolo_sos.train.sharpness import SharpnessAware
 # An event that nothing runs. The callbacks are the one thing besides args and weights that the host hands to the
 # workers of a distributed run, and args refuse keys that are not the host's.
 CARRIER = "sos_settings"
-PREFIX = colorstr("SOS: ")
 MOMENTUM = ("momentum_buffer", "momentum_buffer_SGD", "exp_avg")  # as torch's optimizers and the host's MuSGD have it
 TESTED_HOSTS = ("8.4.150", "8.4.190")  # the releases of Ultralytics that the suite has passed with
 
 
-class SOSMixin(SharpnessAware, WeightAveraging):
+class SOSMixin(Checkpoints, SharpnessAware, WeightAveraging):
     """Stochastic optimum shifting for a trainer of Ultralytics: put it before the trainer among the base classes.
 
     The settings are taken out of ``overrides`` and never reach ``trainer.args``. With ``sos=False`` the trainer is the
@@ -320,38 +315,6 @@ class SOSMixin(SharpnessAware, WeightAveraging):
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         """Write a row of results.csv with our columns last: the host writes by position, the header once."""
         super().save_metrics({**{k: v for k, v in metrics.items() if k not in self._columns}, **self._columns})
-
-    def save_model(self) -> bool:
-        """Save as the host does, add the settings under a key of their own, and put whole files in place at once."""
-        if self.sos.stock:
-            return super().save_model()
-        with TemporaryDirectory(prefix=".weights", dir=self.save_dir) as folder:
-            with self._redirected(Path(folder)):
-                saved = super().save_model()
-            # Plain values only: a class of ours would make the checkpoint unreadable without yolo_sos.
-            ckpt = torch_load(Path(folder) / "last.pt", map_location="cpu")
-            ckpt[CHECKPOINT_KEY] = {"version": __version__, "settings": self.sos.to_dict()}
-            if self.sos.swa is not None:
-                ckpt[CHECKPOINT_KEY][AVERAGED] = self._averaged
-            buffer = io.BytesIO()
-            torch.save(ckpt, buffer)
-            for file in Path(folder).glob("*.pt"):  # last, best and epochN are one and the same
-                with atomic_path(self.wdir / file.name) as temporary:
-                    temporary.write_bytes(buffer.getbuffer())
-        return saved
-
-    wdir: Path
-    last: Path
-    best: Path
-
-    @contextmanager
-    def _redirected(self, folder: Path) -> Iterator[None]:
-        places = self.wdir, self.last, self.best
-        self.wdir, self.last, self.best = folder, folder / self.last.name, folder / self.best.name
-        try:
-            yield
-        finally:
-            self.wdir, self.last, self.best = places
 
     def plot_metrics(self) -> None:
         """Plot as the host does, and the curves of the shifts."""

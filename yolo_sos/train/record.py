@@ -80,9 +80,9 @@ class ShiftLog:
     def add(self, epoch: int, reports: dict[str, ShiftReport]) -> None:
         """Append the shifts at the end of ``epoch``, counted from 1 as in results.csv; 0 is before the first.
 
-        Lines of that epoch that are there already go: the host runs an epoch again when it recovers from NaN.
+        Lines of that epoch and model that are there already go: the host runs an epoch again when it recovers from NaN.
         """
-        self.rows = [row for row in self.rows if int(row["epoch"]) < epoch]
+        self.rows = [row for row in self.rows if int(row["epoch"]) != epoch or row["model"] not in reports]
         for model, report in reports.items():
             for record in report.layers:
                 self.rows.append(
