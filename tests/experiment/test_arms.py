@@ -14,10 +14,10 @@ def test_an_arm_is_the_default_and_its_differences(experiment):
     arms = read_arms(experiment)
     assert list(arms) == ["baseline", "shift"]
     assert arms["baseline"].differences == ()
-    assert arms["shift"].differences == ("sos", "sos_guard")  # sos_start is what it is anyway
+    assert arms["shift"].differences == ("sos", "sos_guard", "sos_start")
     assert arms["shift"].settings["epochs"] == arms["baseline"].settings["epochs"] == 2
     changed = {k for k in arms["shift"].config if arms["shift"].config[k] != arms["baseline"].config[k]}
-    assert changed == {"sos", "sos_guard"}
+    assert changed == {"sos", "sos_guard", "sos_start"}
 
 
 def test_a_config_holds_every_setting(experiment):
@@ -30,7 +30,7 @@ def test_a_config_holds_every_setting(experiment):
 def test_what_is_given_for_all_arms_changes_all_of_them(experiment):
     arms = read_arms(experiment, overrides={"epochs": 3, "sos_rank": 0.25})
     assert [arm.config["epochs"] for arm in arms.values()] == [3, 3]
-    assert arms["shift"].differences == ("sos", "sos_guard")
+    assert arms["shift"].differences == ("sos", "sos_guard", "sos_start")
     with pytest.raises(ValueError, match=r"sos_guard=0.5 for all arms: .*shift.yaml sets sos_guard itself"):
         read_arms(experiment, overrides={"sos_guard": 0.5})
 
@@ -43,7 +43,7 @@ def test_arms_may_lie_elsewhere_and_build_on_each_other(experiment):
     arms = read_arms(variant)
     assert list(arms) == ["baseline", "half", "shift"]
     assert {arm.config["epochs"] for arm in arms.values()} == {7}
-    assert arms["half"].differences == ("sos", "sos_guard", "sos_rank")
+    assert arms["half"].differences == ("sos", "sos_guard", "sos_rank", "sos_start")
     assert read_arms(experiment)["half"].config["epochs"] == 2
     assert list(read_arms(variant, chosen=["half", "baseline", "half"])) == ["baseline", "half"]
 

@@ -24,17 +24,6 @@ HOST = {"metrics/precision(B)", "metrics/recall(B)", "metrics/mAP50(B)", "metric
 DEVKIT = {"devkit/AP50-07", "devkit/AP50-10"}
 
 
-@pytest.fixture(scope="module")
-def weights(digits, tiny, tmp_path_factory):
-    """A detector that has learned its 24 images by heart, so that there is something to score."""
-    stay = {"mosaic": 0.0, "scale": 0.0, "translate": 0.0, "hsv_s": 0.0, "hsv_v": 0.0, "fliplr": 0.0}
-    quick = {"optimizer": "AdamW", "lr0": 0.005, "warmup_epochs": 0, "nbs": 8, "epochs": 55, "val": False}
-    folder = tmp_path_factory.mktemp("runs")
-    off = {"plots": False, "workers": 0, "project": str(folder), "name": "run", "verbose": False}
-    YOLO(tiny).train(data=str(digits), **SETTINGS, **stay, **quick, **off)
-    return folder / "run" / "weights" / "last.pt"
-
-
 def tool_report(weights, data, split, folder) -> dict:
     """Return what tools/eval_voc.py says of the same weights."""
     argv = ["--weights", weights, "--data", data, "--split", split, "--json", folder / "eval.json"]

@@ -197,18 +197,12 @@ def test_temperature_one_changes_nothing_and_the_true_one_is_found(tool):
     assert np.isfinite(tool.fit_temperature(np.array([1.0, 0.5]), np.array([1.0, 1.0])))
 
 
-LEARN = {"optimizer": "AdamW", "lr0": 0.005, "warmup_epochs": 0, "nbs": 8, "epochs": 55, "val": False}
-LEARN |= {"mosaic": 0.0, "scale": 0.0, "translate": 0.0, "hsv_s": 0.0, "hsv_v": 0.0, "fliplr": 0.0}
-
-
 @pytest.fixture(scope="module")
-def learned(digits, tiny, tmp_path_factory):
+def learned(digits, weights, tmp_path_factory):
     """A detector that knows its images by heart, the arguments to judge it on them, and its clean mAP."""
     folder = tmp_path_factory.mktemp("runs")
     size = {"imgsz": 64, "batch": 8, "device": "cpu", "workers": 0}
-    off = {"plots": False, "project": str(folder), "name": "run", "verbose": False}
-    YOLO(tiny).train(data=str(digits), **size, **LEARN, **off)
-    network = YOLO(folder / "run/weights/best.pt")
+    network = YOLO(weights)
     clean = network.val(data=str(digits), split="train", **size, plots=False, project=str(folder), verbose=False)
     args = {
         "task": "detect",
