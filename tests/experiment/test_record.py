@@ -57,3 +57,10 @@ def test_wall_time_counts_every_stretch(tmp_path):
 def test_the_commit_is_that_of_this_checkout():
     commit = git_commit()
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
+
+
+def test_how_to_shift_does_not_count_where_nothing_is_shifted():
+    assert difference({"sos": False, "sos_start": 0.5}, {"sos": False, "sos_start": 1.0}) is None
+    assert difference({"sos": False, "sos_start": 0.5}, {"sos": True, "sos_start": 1.0}, besides=("sos",)) is None
+    assert difference({"sos": True, "sos_start": 0.5}, {"sos": True, "sos_start": 1.0}) == "sos_start"
+    assert difference({"sos": False, "sos_analyze": 5}, {"sos": False}) == "sos_analyze"

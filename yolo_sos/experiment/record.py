@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_sos import __version__
-from yolo_sos.config import SOSConfig
+from yolo_sos.config import RECIPE, SOSConfig
 from yolo_sos.files import read_json, write_text
 
 PACKAGES = ("ultralytics", "torch", "torchvision", "numpy", "opencv-python")
@@ -51,7 +51,8 @@ def read_record(path: Path) -> dict[str, Any]:
 def difference(one: dict[str, Any], other: dict[str, Any], besides: tuple[str, ...] = ()) -> str | None:
     """Return the first key, in order, in which two configs differ; None if they agree.
 
-    A setting of ours that one of them does not have yet, from an older release, counts as its default.
+    A setting of ours that one of them does not have yet, from an older release, counts as its default. How to shift
+    does not count where one of them does not shift.
 
     Args:
         one (dict): A config, as records keep it.
@@ -60,7 +61,10 @@ def difference(one: dict[str, Any], other: dict[str, Any], besides: tuple[str, .
     """
     defaults = SOSConfig.from_dict({}).to_dict()
     one, other = _plain({**defaults, **one}), _plain({**defaults, **other})
-    return next((key for key in sorted({*one, *other} - {*besides}) if one.get(key) != other.get(key)), None)
+    keys = {*one, *other} - {*besides}
+    if not (one["sos"] and other["sos"]):
+        keys -= {key for key in keys if key.startswith("sos_") and key not in RECIPE}
+    return next((key for key in sorted(keys) if one.get(key) != other.get(key)), None)
 
 
 def versions() -> dict[str, str]:
