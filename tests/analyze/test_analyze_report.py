@@ -14,8 +14,8 @@ import torch
 import yaml
 from PIL import Image
 
-from yolo_sos import cli
-from yolo_sos.analyze import Comparison, Curves, analyze_checkpoints, comparison, figures, hessian, memory, spectrum
+from yolo_sos import cli, memory
+from yolo_sos.analyze import Comparison, Curves, analyze_checkpoints, comparison, figures, hessian, spectrum
 from yolo_sos.analyze.report import digits, number, plain
 from yolo_sos.analyze.watch import columns
 from yolo_sos.core.layers import weight_matrix
