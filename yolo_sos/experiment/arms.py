@@ -78,7 +78,8 @@ def read_arms(
             changes what ``overrides`` sets for all.
     """
     default = folder / DEFAULT
-    shared = {**read_cfg(default), **(overrides or {})}
+    stock = read_cfg(default)
+    shared = {**stock, **(overrides or {})}
     place = (folder / (YAML.load(default).get("arms") or ".")).resolve()
     files = {path.stem: path for path in sorted(place.glob("*.yaml")) if path.name != DEFAULT}
     if not files:
@@ -91,7 +92,7 @@ def read_arms(
         if name not in files:
             near = get_close_matches(name, files, n=1, cutoff=0.0)[0]
             raise ValueError(f"'{name}' is not an arm of {folder.name}. Did you mean '{near}'? {', '.join(files)}.")
-        arms[name] = _read_arm(name, files[name], default, shared, overrides or {})
+        arms[name] = _read_arm(name, files[name], default, stock, overrides or {})
     return arms
 
 
@@ -99,10 +100,10 @@ def _ordered(names: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(names), key=lambda name: (name != "baseline", name))
 
 
-def _read_arm(name: str, path: Path, default: Path, shared: dict[str, Any], overrides: dict[str, Any]) -> Arm:
+def _read_arm(name: str, path: Path, default: Path, stock: dict[str, Any], overrides: dict[str, Any]) -> Arm:
     if "cfg" not in YAML.load(path):
         raise ValueError(f"{path}: an arm builds on the default of its experiment. Add 'cfg: {DEFAULT}'.")
-    stock = read_cfg(default)
+    shared = {**stock, **overrides}
     settings = read_cfg(path, default)
     changed = {k: v for k, v in settings.items() if k not in stock or stock[k] != v}
     if clash := sorted(changed.keys() & overrides.keys()):

@@ -133,11 +133,12 @@ class Experiment:
     def estimate(self) -> str:
         """Return how long the rest will take, one run after another, by the runs that are there."""
         seconds = [read_record(self.record_path(run))["wall_time"] for run in self.finished]
-        for run in self.runs:
-            csv = run.folder / "results.csv"
-            if run not in self.finished and csv.exists() and (done := run.epochs_done):
-                seconds.append(wall_time(csv) / done * run.arm.config["epochs"])
-        left = sum(1 - run.epochs_done / run.arm.config["epochs"] for run in self.runs if run not in self.finished)
+        left = 0.0
+        for run in (run for run in self.runs if run not in self.finished):
+            share = run.epochs_done / run.arm.config["epochs"]
+            left += 1 - share
+            if share and (csv := run.folder / "results.csv").exists():
+                seconds.append(wall_time(csv) / share)
         if not seconds:
             return "no estimate of time before one run has trained an epoch"
         return f"about {left * median(seconds) / 3600:.1f} h left, one after another"
