@@ -158,6 +158,34 @@ def test_elimination_does_not_square_the_condition_number():
     assert relative(result.weight, by_pinv(a, v)) < 1e-9
 
 
+@pytest.mark.parametrize(("n", "d"), [(30, 50), (50, 50), (90, 50)])
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5, 1e7, 1e9])
+def test_the_quick_way_is_taken_where_it_is_accurate(condition, n, d, monkeypatch):
+    """By the products of rows where their condition allows it, which squares it; by reflections elsewhere."""
+    qr, reflections = torch.linalg.qr, []
+    left, right = (qr(system(m, m, m, seed=m)[0][:, : min(n, d)]).Q for m in (n, d))
+    values = torch.logspace(0, -np.log10(condition), min(n, d), dtype=torch.float64)
+    a, v = (left * values) @ right.T, system(1, d, 1, seed=3)[1]
+    monkeypatch.setattr(torch.linalg, "qr", lambda *args, **kwargs: reflections.append(1) or qr(*args, **kwargs))
+    result = minimum_norm_shift(a, v)
+    assert result.rank == min(n, d)
+    assert bool(reflections) == (condition > (1e3 if n < d else 1e5))
+    assert relative(a @ result.weight.T, a @ v.T) < (1e-9 if condition <= 1e3 else 1e-12)
+    assert relative(result.weight, by_pinv(a / a.abs().amax(1, keepdim=True), v)) < 1e-7
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_the_deviation_is_that_of_the_shift_whatever_is_written_afterwards(method):
+    a = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.01, 0.0]], dtype=torch.float64)
+    v = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64)
+    asked = minimum_norm_shift(a, v, rtol=0.1, method=method).deviation
+    late = minimum_norm_shift(a, v, rtol=0.1, method=method)
+    v.copy_(late.weight)  # as a shift does, in place
+    a.zero_()
+    assert asked > 1e-3
+    assert late.deviation == asked
+
+
 @pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200, 1e300])
 @pytest.mark.parametrize("method", SOLVERS)
 def test_rows_of_extreme_length(method, scale):

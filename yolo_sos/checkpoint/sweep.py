@@ -60,7 +60,7 @@ class Point:
 
 
 def trials_of(
-    weightings: Iterable[str], *, ranks: Sequence[float] = RANKS, solver: str = "svd", draws: int = 1, seed: int = 0
+    weightings: Iterable[str], *, ranks: Sequence[float] = RANKS, solver: str = "qr", draws: int = 1, seed: int = 0
 ) -> list[tuple[Method, int]]:
     """Return every method over its range, with the seeds of the drawings."""
     trials: list[tuple[Method, int]] = []

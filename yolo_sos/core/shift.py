@@ -48,7 +48,7 @@ class Method:
     name: str = "principal"
     rank: int | float = 0.5
     budget: float = 0.01
-    solver: str = "svd"
+    solver: str = "qr"
     weighting: str = "balanced"
 
     def __post_init__(self):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from torch import Tensor
 from yolo_sos.core.gram import Gram, as_float64
 
 OK, NON_FINITE, RANK_ZERO = "ok", "non-finite", "rank-zero"  # ShiftResult.status
+EPS = torch.finfo(torch.float64).eps
+ACCURACY = 1e-8  # of outputs, where speed costs digits: less than the 6e-8 to which float32 rounds the weights
+Map = Callable[[Tensor], Tensor]  # of tensors (k, d) in float64
 
 
 @dataclass(frozen=True)
@@ -34,32 +38,40 @@ class ShiftResult:
         rank (float): Dimension of the subspace kept: numerical (an integer), or effective, Σf, for smooth filters.
         norm_before (float): Frobenius norm of V.
         norm_after (float): Frobenius norm of V*, in float64, before it is rounded to the weight's dtype.
-        deviation (float): Relative change of the outputs without bias, ``‖A(V*−V)ᵀ‖_F / ‖AVᵀ‖_F``, rows weighted as in
-            G; 0 where there is no output to change.
         status (str): ``ok``; ``non-finite``: NaN or Inf in the input, or an overflow on the way; ``rank-zero``: the
             rows span nothing.
-        linear (Callable): The linear map that took V to V*, for other tensors ``(…, d)`` in float64 and on the solver's
+        linear (Callable): The linear map that took V to V*, for other tensors ``(k, d)`` in float64 and on the solver's
             device; the identity unless status is ok.
+        measure (Callable): Computes ``deviation``.
     """
 
     weight: Tensor
     rank: float
     norm_before: float
     norm_after: float
-    deviation: float
     status: str = OK
-    linear: Callable[[Tensor], Tensor] = field(default=lambda x: x, repr=False, compare=False)
+    linear: Map = field(default=lambda x: x, repr=False, compare=False)
+    measure: Callable[[], float] = field(default=lambda: 0.0, repr=False, compare=False)
+
+    @cached_property
+    def deviation(self) -> float:
+        """Relative change of the outputs without bias, ``‖A(V*−V)ᵀ‖_F / ‖AVᵀ‖_F``, rows weighted as in G.
+
+        0 where there is no output to change. Computed when first asked for: from drawn rows it takes a third of the
+        time of a solve.
+        """
+        return self.measure()
 
 
 def unchanged(weight: Tensor, status: str) -> ShiftResult:
     """Return a result that says why ``weight`` stays as it is."""
     norm = float(as_float64(weight).norm())
-    return ShiftResult(weight, 0.0, norm, norm, 0.0, status)
+    return ShiftResult(weight, 0.0, norm, norm, status)
 
 
 # One linear system ----------------------------------------------------------------------------------------------------
 def minimum_norm_shift(
-    features: Tensor, weight: Tensor, *, rtol: float | None = None, method: str = "svd"
+    features: Tensor, weight: Tensor, *, rtol: float | None = None, method: str = "qr"
 ) -> ShiftResult:
     """Return the weight of least norm that gives the same outputs on every row of ``features``.
 
@@ -69,8 +81,10 @@ def minimum_norm_shift(
         rtol (float, optional): Singular values (``gauss``: pivots) of A, each row scaled to a largest entry of 1, up to
             ``rtol`` times the largest count as zero. None: ``max(n, d) · eps`` of the dtype of ``features``, taken as
             float32 for the half precisions, whose own eps would throw away directions that carry signal.
-        method (str): ``svd``: singular value decomposition of A. ``qr``: QR of the taller of A and Aᵀ; where its small
-            triangular factor is not surely of full rank, the SVD of that decides. ``gauss``: Algorithm 1 of the paper.
+        method (str): ``qr``: orthogonalisation of the shorter side of A, by the Cholesky factor of its products where A
+            is surely well conditioned, else by Householder reflections; where A is not surely of full rank, the SVD of
+            the triangular factor decides. ``svd``: singular value decomposition of A. ``gauss``: Algorithm 1 of the
+            paper.
 
     Returns:
         (ShiftResult): ``rank`` is the numerical rank of A.
@@ -90,108 +104,129 @@ def minimum_norm_shift(
         rtol = min(max(features.shape) * eps, 0.5)
     if not 0.0 <= rtol < 1.0:
         raise ValueError(f"rtol={rtol} must be at least 0 and less than 1.")
-    a, v = as_float64(features), as_float64(weight).to(as_float64(features[:0]).device)
-    if not (a.isfinite().all() and v.isfinite().all()):
+    a = as_float64(features)
+    v = as_float64(weight).to(a.device).clone()  # V* may be written over the weight before V is asked for again
+    lengths = a.abs().amax(1, keepdim=True)
+    longest = float(lengths.max()) if a.numel() else 0.0
+    norm_before = float(v.norm())
+    if not (math.isfinite(longest) and math.isfinite(norm_before)):
         return unchanged(weight, NON_FINITE)
-    if not a.any():  # no rows, or all of them zero: V* would be 0, and nothing is known about V
+    if longest == 0.0:  # no rows, or all of them zero: V* would be 0, and nothing is known about V
         return unchanged(weight, RANK_ZERO)
     # The span does not know how long a row is; nor should "zero" depend on it.
-    peak = a.abs().amax(1, keepdim=True)
-    scaled = a / torch.where(peak > 0, peak, 1.0)
-    shifted, rank = _METHODS[method](scaled, v, rtol)
-    a = a / peak.max()  # the deviation is relative, and squares of 1e200 are not finite
-    return _result(
-        weight,
-        v,
-        shifted,
-        rank,
-        outputs=a @ v.T,
-        change=a @ (shifted - v).T,
-        linear=lambda x: _METHODS[method](scaled, x, rtol)[0],
-    )
+    scaled = a / torch.where(lengths > 0, lengths, 1.0)
+    linear, rank = _METHODS[method](scaled, rtol)
+    if rank == 0:
+        return unchanged(weight, RANK_ZERO)
+    shifted = linear(v)
+
+    def measure() -> float:
+        rows = scaled * (lengths / longest)  # what is measured is relative, and squares of 1e200 are not finite
+        return _ratio((rows @ (shifted - v).T).norm(), (rows @ v.T).norm())
+
+    return _result(weight, shifted, rank, norm_before, float(shifted.norm()), linear, measure)
+
+
+def _largest(x: Tensor) -> float:
+    """Return the largest magnitude; NaN and Inf come through."""
+    low, high = x.aminmax()
+    return max(-float(low), float(high))
+
+
+def _ratio(change: Tensor, size: Tensor) -> float:
+    return float(change) / float(size) if size > 0 else 0.0
 
 
 def _result(
     weight: Tensor,
-    v: Tensor,
     shifted: Tensor,
     rank: float,
-    *,
-    outputs: Tensor,
-    change: Tensor,
-    linear: Callable[[Tensor], Tensor],
+    norm_before: float,
+    norm_after: float,
+    linear: Map,
+    measure: Callable[[], float],
 ) -> ShiftResult:
-    if rank == 0:
-        return unchanged(weight, RANK_ZERO)
-    norm_before, norm_after, size = float(v.norm()), float(shifted.norm()), float(outputs.norm())
-    deviation = float(change.norm()) / size if size > 0 else 0.0
     new = shifted.to(weight.device if weight.device.type != "mps" else "cpu", weight.dtype).to(weight.device)
     # The new weight too: an entry of V* can be larger than any of V, more than float16 holds.
-    if not (new.isfinite().all() and all(map(math.isfinite, (norm_before, norm_after, size, deviation)))):
+    if not (math.isfinite(norm_after) and math.isfinite(_largest(new))):
         return unchanged(weight, NON_FINITE)
-    return ShiftResult(new, float(rank), norm_before, norm_after, deviation, linear=linear)
+    return ShiftResult(new, float(rank), norm_before, norm_after, linear=linear, measure=measure)
 
 
-def _svd(a: Tensor, v: Tensor, rtol: float) -> tuple[Tensor, int]:
+def _onto(basis: Tensor) -> Map:
+    """Return the projection on the span of a basis ``(rank, d)``, rows orthonormal."""
+    return lambda x: x @ basis.T @ basis
+
+
+def _svd(a: Tensor, rtol: float) -> tuple[Map, int]:
     _, s, basis = torch.linalg.svd(a, full_matrices=False)  # basis (min(n, d), d), rows orthonormal
     # Not >=: with rtol=0 a singular value of exactly zero must not count.
     rank = int((s > rtol * s[0]).sum())
-    return v @ basis[:rank].T @ basis[:rank], rank
+    return _onto(basis[:rank]), rank
 
 
-def _qr(a: Tensor, v: Tensor, rtol: float) -> tuple[Tensor, int]:
+def _qr(a: Tensor, rtol: float) -> tuple[Map, int]:
     n, d = a.shape
+    factor, failed = torch.linalg.cholesky_ex(a @ a.T if n < d else a.T @ a)
+    if not failed:
+        inverse, condition = _invert(factor, upper=False)
+        error = condition**2 * EPS  # of the products, and so of what follows from them
+        if n >= d and condition * rtol < 1.0 and error < 1e-3:  # enough to be sure of
+            return torch.clone, d
+        if n < d and condition * rtol < 1.0 and error < ACCURACY:
+            # The rows of L⁻¹A are orthonormal, as A Aᵀ = L Lᵀ. The sizes decide in which order to multiply.
+            return lambda x: torch.linalg.multi_dot([x, a.T, inverse.T, inverse, a]), n
     if n >= d:
         r = torch.linalg.qr(a, mode="r").R  # A = QR: A and R (d, d) have the same row space
-        return (v.clone(), d) if _has_full_rank(r, rtol) else _svd(r, v, rtol)
+        return (torch.clone, d) if _invert(r, upper=True)[1] * rtol < 1.0 else _svd(r, rtol)
     q, r = torch.linalg.qr(a.T)  # Aᵀ = QR with Q (d, n), R (n, n)
-    if _has_full_rank(r, rtol):
-        return v @ q @ q.T, n
+    if _invert(r, upper=True)[1] * rtol < 1.0:
+        return _onto(q.T), n
     u, s, _ = torch.linalg.svd(r)
     rank = int((s > rtol * s[0]).sum())
-    basis = q @ u[:, :rank]  # (d, rank)
-    return v @ basis @ basis.T, rank
+    return _onto((q @ u[:, :rank]).T), rank
 
 
-def _has_full_rank(r: Tensor, rtol: float) -> bool:
-    """Tell whether all singular values of a triangular R surely count; False says nothing.
+def _invert(r: Tensor, *, upper: bool) -> tuple[Tensor, float]:
+    """Return the inverse of a triangular matrix, and what its condition number is surely not above.
 
-    The diagonal alone does not tell, but ``σ_max ≤ ‖R‖_F`` and ``σ_min ≥ 1 / ‖R⁻¹‖_F`` do, at a fraction of an SVD.
+    The diagonal does not tell, but ``σ_max ≤ ‖R‖_F`` and ``σ_min ≥ 1 / ‖R⁻¹‖_F`` do, at a fraction of an SVD. A zero on
+    the diagonal gives NaN, which is not below anything.
     """
-    inverse = torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True)
-    return rtol * float(r.norm()) * float(inverse.norm()) < 1.0  # NaN, from a zero on the diagonal, is not
+    inverse = torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=upper)
+    return inverse, float(r.norm()) * float(inverse.norm())
 
 
-def _gauss(a: Tensor, v: Tensor, rtol: float) -> tuple[Tensor, int]:
-    """Algorithm 1: row-echelon form of [A | Z], zero rows dropped, then V*ᵀ = A'ᵀ(A'A'ᵀ)⁻¹Z'."""
+def _gauss(a: Tensor, rtol: float) -> tuple[Map, int]:
+    """Algorithm 1: row-echelon form A' of A, zero rows dropped, then V*ᵀ = A'ᵀ(A'A'ᵀ)⁻¹Z' with Z' = A'Vᵀ."""
     n, d = a.shape
-    system = torch.cat([a, a @ v.T], dim=1)  # the outputs Z follow every row operation
-    rank = 0
+    a, rank = a.clone(), 0
     while rank < n:
         # Complete pivoting: the largest entry left, in any column. Only it tells the rank reliably; the pivots'
         # columns, in their order, are those of the row-echelon form.
-        rest = system[rank:, :d].abs()
+        rest = a[rank:].abs()
         pivot, column = divmod(int(rest.argmax()), d)
         if float(rest[pivot, column]) <= rtol:
             break  # what elimination left of rows that are zero in exact arithmetic
         pivot += rank
-        system[[rank, pivot]] = system[[pivot, rank]]
-        factors = system[rank + 1 :, column] / system[rank, column]
-        system[rank + 1 :] -= torch.outer(factors, system[rank])
-        system[rank + 1 :, column] = 0.0
+        a[[rank, pivot]] = a[[pivot, rank]]
+        factors = a[rank + 1 :, column] / a[rank, column]
+        a[rank + 1 :] -= torch.outer(factors, a[rank])
+        a[rank + 1 :, column] = 0.0
         rank += 1
-    if rank == 0:
-        return v, 0
-    system = system[:rank]  # the rest are the zero rows
-    a, z = system[:, :d], system[:, d:]
+    a = a[:rank]  # the rest are the zero rows
     lu, pivots = torch.linalg.lu_factor(a @ a.T)
-    x = a.T @ torch.linalg.lu_solve(lu, pivots, z)  # V*ᵀ (d, out)
-    # The normal equations square the condition number; one step of iterative refinement gives those digits back.
-    x = x + a.T @ torch.linalg.lu_solve(lu, pivots, z - a @ x)
-    return x.T, rank
+
+    def linear(v: Tensor) -> Tensor:
+        z = a @ v.T
+        x = a.T @ torch.linalg.lu_solve(lu, pivots, z)  # V*ᵀ (d, out)
+        # The normal equations square the condition number; one step of iterative refinement gives those digits back.
+        return (x + a.T @ torch.linalg.lu_solve(lu, pivots, z - a @ x)).T
+
+    return linear, rank
 
 
-_METHODS: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, int]]] = {"svd": _svd, "qr": _qr, "gauss": _gauss}
+_METHODS: dict[str, Callable[[Tensor, float], tuple[Map, int]]] = {"svd": _svd, "qr": _qr, "gauss": _gauss}
 SOLVERS = tuple(_METHODS)
 
 
@@ -309,27 +344,30 @@ def _spectral_shift(gram: Gram, weight: Tensor, spectral_filter: Callable[[Tenso
         raise ValueError(f"weight {tuple(weight.shape)} does not fit a Gram of d={gram.d}: expected (out, {gram.d}).")
     g = gram.matrix
     v = as_float64(weight).to(g.device)
-    if not (g.isfinite().all() and v.isfinite().all()):
+    peak, norm_before = _largest(g), float(v.norm())
+    if not (math.isfinite(peak) and math.isfinite(norm_before)):
         return unchanged(weight, NON_FINITE)
-    peak = float(g.abs().max())
     if peak == 0.0:
         return unchanged(weight, RANK_ZERO)
-    g = g / peak  # eigenvalues in a range where neither squares nor logarithms can run out
-    eigenvalues, vectors = torch.linalg.eigh((g + g.T) / 2)
+    # Divided: eigenvalues in a range where neither squares nor logarithms can run out.
+    eigenvalues, vectors = torch.linalg.eigh(g / peak)
     eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)  # descending
     # Rounding of the sum leaves eigenvalues of d·eps·λ_max where exact arithmetic has zeros.
-    rank = int((eigenvalues > gram.d * torch.finfo(torch.float64).eps * eigenvalues[0]).sum())
+    rank = int((eigenvalues > gram.d * EPS * eigenvalues[0]).sum())
     eigenvalues, vectors = eigenvalues[:rank], vectors[:, :rank]
     projected = v @ vectors  # (out, r)
+    energy = projected.square().sum(0)
     # On the CPU: finding μ takes a hundred comparisons of scalars.
-    f = spectral_filter(eigenvalues.cpu(), projected.square().sum(0).cpu()).to(v.device)
-    root = eigenvalues.sqrt()  # ‖A X‖_F² = tr(Xᵀ G X): the outputs' norm without the rows
+    f = spectral_filter(eigenvalues.cpu(), energy.cpu()).to(v.device)
+    kept = int(f.count_nonzero())
+    basis, f_kept = vectors[:, :kept], f[:kept]
     return _result(
         weight,
-        v,
-        (projected * f) @ vectors.T,
+        (projected[:, :kept] * f_kept) @ basis.T,
         float(f.sum()),
-        outputs=projected * root,
-        change=projected * (f - 1) * root,
-        linear=lambda x: (x @ vectors * f) @ vectors.T,
+        norm_before,
+        float((f**2 * energy).sum().sqrt()),
+        linear=lambda x: (x @ basis * f_kept) @ basis.T,
+        # ‖A X‖_F² = tr(Xᵀ G X): the outputs' norm without the rows
+        measure=lambda: _ratio(((1 - f) ** 2 * eigenvalues * energy).sum().sqrt(), (eigenvalues * energy).sum().sqrt()),
     )
