@@ -16,6 +16,7 @@ from typing import Any
 
 from yolo_sos import __version__
 from yolo_sos.files import write_text
+from yolo_sos.markdown import markdown_table
 
 BENCH = Path(__file__).resolve().parents[1] / "results/bench"
 
@@ -71,8 +72,7 @@ def split(word: str) -> tuple[str, str, str]:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return a table in Markdown, the first column to the left and the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return markdown_table([[str(cell) for cell in line] for line in (header, *rows)]).rstrip()
 
 
 def save(name: str, title: str, body: str, data: dict[str, Any], argv: Sequence[str] | None = None) -> None:

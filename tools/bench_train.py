@@ -32,7 +32,7 @@ from bench_common import Peak, save, spread, table, told
 
 ARMS = {
     "stock": {},
-    "sos": {"sos": True, "sos_start": 0.5},  # by default there is one shift, at the end: too few to time
+    "sos": {"sos": True, "sos_start": 0.5},  # by default there is one shift, at the end: too few to set epochs against
     "sos-every": {"sos": True, "sos_start": 0.01, "sos_interval": 1},
     "sam": {"sharpness_aware": "sam"},
 }
@@ -154,6 +154,7 @@ def summarize(records: dict[str, list[dict[str, Any]]], interval: int) -> tuple[
             "ratio_of_sums": total,
             "epoch_ratio": spread(ratios),
             "direct": direct,
+            "default": 1 + median(shifts) / (len(records[arm]) * median(bare)) if shifts else None,
             "shift_s": spread(shifts) if shifts else None,
             "peak_mb": max(peaks),
         }
@@ -177,7 +178,8 @@ def summarize(records: dict[str, list[dict[str, Any]]], interval: int) -> tuple[
     text = (
         f"Medians (least–largest). `sos` is compared over epochs {active[0] + 1} to {active[-1] + 1}, in which it is "
         f"active, the others from the second on. “× by shift time”: 1 + shift / ({interval} epochs of the same arm "
-        "without one; `sos-every`: 1 epoch).\n\n"
+        "without one; `sos-every`: 1 epoch). By default a run shifts once, at the end: over its "
+        f"{len(records['sos'])} epochs this one would take × {data['sos']['default']:.4f}.\n\n"
         + table(head, rows)
         + "\n\nOne shift of both models, EMA and live, by phase:\n\n"
         + table(["phase", "ms", "of the whole"], lines)

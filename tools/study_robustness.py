@@ -60,7 +60,7 @@ from yolo_sos.experiment.judge import quiet
 from yolo_sos.experiment.record import git_commit, versions
 from yolo_sos.experiment.statistics import least_p
 from yolo_sos.experiment.table import BASELINE, Record, ResultTable, Row
-from yolo_sos.files import write_text
+from yolo_sos.files import finite, write_text
 from yolo_sos.heads import final_layers
 
 METRIC = "metrics/mAP50-95(B)"
@@ -388,7 +388,7 @@ def write(folder: Path, experiment: str, command: str, settings: Settings, figur
     sheet = io.StringIO()
     writer = csv.DictWriter(sheet, list(lines[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_without_nan(line) for line in lines)
+    writer.writerows(finite(line) for line in lines)
     record = {
         **{"experiment": experiment, "command": command, "metric": METRIC, "settings": asdict(settings)},
         **{"bits": BITS, "sigmas": SIGMAS, "severities": SEVERITIES, "least": LEAST, "bins": BINS},
@@ -397,17 +397,8 @@ def write(folder: Path, experiment: str, command: str, settings: Settings, figur
     }
     write_text(stem.with_name(f"{stem.name}.md"), text + "\n")
     write_text(stem.with_name(f"{stem.name}.csv"), sheet.getvalue())
-    write_text(stem.with_name(f"{stem.name}.json"), json.dumps(_without_nan(record), indent=1, allow_nan=False) + "\n")
+    write_text(stem.with_name(f"{stem.name}.json"), json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
     return text
-
-
-def _without_nan(value: Any) -> Any:
-    """Replace nan, which JSON does not have."""
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def find_models(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -99,6 +100,15 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: not a text file in UTF-8: {e.reason} at byte {e.start}") from e
     except (ValueError, RecursionError) as e:  # a number of thousands of digits, brackets in thousands of brackets
         raise ValueError(f"{path}: not JSON that can be read: {e}") from e
+
+
+def finite(value: Any) -> Any:
+    """Return nested dictionaries and lists with None for every number that JSON does not know: NaN, and infinity."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def link(source: Path, target: Path, *, copy: bool = False) -> None:

@@ -29,7 +29,7 @@ def test_spread(tool):
     common = tool("bench_common")
     assert common.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "n": 3}
     assert common.told([1.0, 2.0, 4.0]) == "2 (1–4)"
-    assert common.table(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
+    assert common.table(["a", "b"], [[1, 2]]) == "| a   |   b |\n| --- | --: |\n| 1   |   2 |"
 
 
 def test_a_record_tells_the_machine_and_no_names(tool, tmp_path, monkeypatch, capsys):
@@ -83,6 +83,7 @@ def test_the_share_of_shifts(tool):
     assert data["active_epochs"] == [2, 3, 4, 5]  # two whole intervals
     assert data["sos"]["ratio_of_sums"] == pytest.approx(1.05)
     assert data["sos"]["direct"] == pytest.approx(1.05)
+    assert data["sos"]["default"] == pytest.approx(1 + 1 / 60)  # one shift in all of the six epochs
     assert data["sos-every"]["direct"] == pytest.approx(1.1)
     parts = data["breakdown"]
     assert sum(parts[p]["median"] for p in parts if p != "wall") == pytest.approx(parts["wall"]["median"])

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from yolo_sos.checkpoint.score import headline
 from yolo_sos.core import LayerRecord, ShiftReport
+from yolo_sos.files import finite
 
 HEADER = [
     *("layer", "kind", "d", "rows", "rank", "‖V‖ before", "after"),
@@ -81,7 +81,7 @@ class CheckpointReport(ShiftReport):
 
     def to_json(self) -> str:
         """Return the report as JSON; what is not a number there is null."""
-        return json.dumps(_finite(self.to_dict()), indent=2) + "\n"
+        return json.dumps(finite(self.to_dict()), indent=2) + "\n"
 
     def table(self) -> str:
         """Return the report as text: a row per layer, then the totals."""
@@ -140,12 +140,3 @@ def _aligned(rows: list[list[str]], left: int) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def _finite(value: Any) -> Any:
-    """Return the value with None for numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 
 from yolo_sos.evaluate.boxes import GroundTruth
 from yolo_sos.evaluate.voc import mean_ap
+from yolo_sos.files import finite
+from yolo_sos.markdown import markdown_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +53,10 @@ def table(truth: GroundTruth, runs: Sequence[Run]) -> str:
     counts = [str(truth.positives().sum()), str(difficult.sum()) if truth.difficult_known else "?"]
     means = [r.means() for r in runs]
     rows.append(["**mean**", *counts, *(_cell([one[m] for one in means]) for m in metrics)])
-    text = _markdown(rows)
+    text = markdown_table(rows)
     if len(runs) > 1:
         by_run = [[r.name, *(_cell([one[m]]) for m in metrics)] for r, one in zip(runs, means, strict=True)]
-        text += "\n" + _markdown([["run", *metrics], *by_run])
+        text += "\n" + markdown_table([["run", *metrics], *by_run])
     return text
 
 
@@ -93,7 +95,7 @@ def report_json(truth: GroundTruth, runs: Sequence[Run], **header: Any) -> dict[
             for r in runs
         ],
     }
-    return _without_nan(report)
+    return finite(report)
 
 
 def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
@@ -131,24 +133,3 @@ def _cell(values: Sequence[float]) -> str:
     if np.isnan(values).any():
         return "–"
     return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Align cells: the first column to the left, numbers to the right."""
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    lines = [rows[0], rule, *rows[1:]]
-    return "".join("| " + " | ".join([row[0].ljust(widths[0]), *_right(row[1:], widths[1:])]) + " |\n" for row in lines)
-
-
-def _right(cells: Iterable[str], widths: Iterable[int]) -> list[str]:
-    return [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-
-
-def _without_nan(value: Any) -> Any:
-    """Replace NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and np.isnan(value) else value

@@ -14,7 +14,7 @@ from typing import Any
 
 from yolo_sos import __version__
 from yolo_sos.config import RECIPE, SOSConfig
-from yolo_sos.files import read_json, write_text
+from yolo_sos.files import finite, read_json, write_text
 
 PACKAGES = ("ultralytics", "torch", "torchvision", "numpy", "opencv-python")
 KEYS = (
@@ -30,7 +30,7 @@ def record_path(results: str | Path, experiment: str, arm: str, seed: int) -> Pa
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write a record, atomically; a metric that is not a number becomes null, as JSON knows no other."""
-    write_text(path, json.dumps(_plain(record), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def difference(one: dict[str, Any], other: dict[str, Any], besides: tuple[str, .
         besides (tuple[str, ...]): Keys that may differ.
     """
     defaults = SOSConfig.from_dict({}).to_dict()
-    one, other = _plain({**defaults, **one}), _plain({**defaults, **other})
+    one, other = finite({**defaults, **one}), finite({**defaults, **other})
     keys = {*one, *other} - {*besides}
     if not (one["sos"] and other["sos"]):
         keys -= {key for key in keys if key.startswith("sos_") and key not in RECIPE}
@@ -102,11 +102,3 @@ def shifts(sos_csv: Path) -> list[dict[str, str]]:
         return []
     with open(sos_csv, encoding="utf-8", newline="") as f:
         return list(csv.DictReader(f))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations
@@ -22,7 +22,8 @@ from ultralytics.utils import LOGGER, colorstr, plt_settings
 
 from yolo_sos.experiment.record import difference, read_record, record_path
 from yolo_sos.experiment.statistics import holm, least_p, mean_and_std, sign_flip_p, t_interval
-from yolo_sos.files import atomic_path, write_text
+from yolo_sos.files import atomic_path, finite, write_text
+from yolo_sos.markdown import markdown_table
 
 PREFIX = colorstr("table: ")
 BASELINE = "baseline"
@@ -279,11 +280,11 @@ class ResultTable:
                 line += [NONE] * 3
             ratios = self.time_ratios(arm) if arm != BASELINE else []
             lines.append([*line, f"{median(ratios):.3f} ({min(ratios):.3f}–{max(ratios):.3f})" if ratios else NONE])
-        return _table(lines, texts=2)
+        return markdown_table(lines, texts=2)
 
     def _further(self, split: str, metrics: Sequence[str]) -> str:
         columns = [[_short(metric), *map(_mean_std, self._of(split, metric))] for metric in metrics]
-        return _table([list(line) for line in zip(["arm", *self.arms], *columns, strict=True)], texts=1)
+        return markdown_table(list(zip(["arm", *self.arms], *columns, strict=True)))
 
     def _of(self, split: str, metric: str) -> list[Row]:
         return [row for row in self.rows if (row.split, row.metric) == (split, metric)]
@@ -303,7 +304,7 @@ class ResultTable:
         text = io.StringIO()
         writer = csv.DictWriter(text, list(self.rows[0].figures), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(_without_nan(row.figures) for row in self.rows)
+        writer.writerows(finite(row.figures) for row in self.rows)
         return text.getvalue()
 
     def json(self) -> dict[str, Any]:
@@ -319,9 +320,9 @@ class ResultTable:
             }
         rows = [
             {
-                **_without_nan({**row.figures, "p_least": least_p(len(row.differences))}),
-                "values": _without_nan(row.values),
-                "differences": _without_nan(row.differences),
+                **finite({**row.figures, "p_least": least_p(len(row.differences))}),
+                "values": finite(row.values),
+                "differences": finite(row.differences),
             }
             for row in self.rows
         ]
@@ -382,11 +383,6 @@ def _numbers(values: Any, place: str) -> dict[str, float]:
     return {k: math.nan if v is None or not math.isfinite(v) else float(v) for k, v in values.items()}
 
 
-def _without_nan(line: dict[Any, Any]) -> dict[Any, Any]:
-    """Replace nan, which JSON does not have."""
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in line.items()}
-
-
 def _short(metric: str) -> str:
     return metric.removeprefix("metrics/")
 
@@ -406,15 +402,3 @@ _signed = partial(_bare, spec="+.4f")
 def _mean_std(row: Row) -> str:
     mean, std = row.figures["mean"], row.figures["std"]
     return _bare(mean) + ("" if math.isnan(std) else f" ± {_bare(std)}")
-
-
-def _table(lines: Sequence[Sequence[str]], texts: int) -> str:
-    """Align cells: texts, in the first columns, to the left, numbers to the right."""
-    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-
-    def cells(line: Iterable[str]) -> str:
-        padded = [c.ljust(w) if k < texts else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True))]
-        return f"| {' | '.join(padded)} |\n"
-
-    rule = ["-" * w if k < texts else "-" * (w - 1) + ":" for k, w in enumerate(widths)]
-    return "".join(map(cells, [lines[0], rule, *lines[1:]]))
