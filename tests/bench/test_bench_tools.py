@@ -87,4 +87,4 @@ def test_the_share_of_shifts(tool):
     assert data["sos-every"]["direct"] == pytest.approx(1.1)
     parts = data["breakdown"]
     assert sum(parts[p]["median"] for p in parts if p != "wall") == pytest.approx(parts["wall"]["median"])
-    assert "| sos | " in text
+    assert "| sos " in text
