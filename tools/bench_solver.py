@@ -154,7 +154,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     difficult = hard()
     names = ("one pass", "product", *OURS, "pinv", "lstsq", "naive")
     rows = [
-        [key, r["d"], r["out"], f"{1e3 * r['QR']['median']:.3g}", *(times(r, name) for name in names)]
+        [
+            *(key, r["d"], r["out"], f"{1e3 * r['QR']['median']:.3g}"),
+            *(times(r, name) for name in names),
+            f"{r['qr']['of_floor'] / (1 + (r['product']['of_floor'] if 'product' in r else 0)):.2f}",
+        ]
         for key, r in data.items()
     ]
     spectral = [
@@ -164,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     errors = [[k, *(error(r, m) for m in (*OURS, "pinv", "lstsq", "naive"))] for k, r in data.items()]
     body = (
         f"Medians of {args.repeats} on {device.type}, float64. From A: one QR in ms, all else as a multiple of it.\n\n"
-        + table(["A", "d", "out", "QR, ms", *(f"{name} × QR" for name in names)], rows)
+        + table(["A", "d", "out", "QR, ms", *(f"{name} × QR" for name in names), "qr × (QR + product)"], rows)
         + "\n\nFrom G: one `eigh` in ms and as a multiple of that QR, and the spectral methods as multiples of "
         "`eigh`:\n\n"
         + table(["A", "eigh, ms", "eigh × QR", *(f"{name} × eigh" for name in SPECTRAL)], spectral)

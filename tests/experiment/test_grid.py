@@ -16,6 +16,7 @@ from yolo_sos.cli import main
 from yolo_sos.experiment import run as running
 from yolo_sos.experiment.grid import Experiment
 from yolo_sos.experiment.record import KEYS, read_record
+from yolo_sos.heads import final_layers
 from yolo_sos.train import SOSDetectionTrainer
 
 RECORDS = Path("results/little/records")
@@ -55,6 +56,8 @@ def test_two_arms_and_two_seeds(experiment, trainings, capsys):
             ["1"] * 6 if record["arm"] == "shift" else []
         )
         best = Path("runs/experiments/little") / name / "weights/best.pt"
+        layers = final_layers(YOLO(best).model)
+        assert record["norm2"] == pytest.approx(sum(float(x.module.weight.square().sum()) for x in layers), rel=1e-5)
         found = YOLO(best).val(
             data=record["config"]["data"], split="test", imgsz=64, batch=8, device="cpu", plots=False, project="again"
         )

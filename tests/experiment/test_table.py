@@ -45,6 +45,7 @@ def record(arm: str, seed: int, splits=("val", "test"), **changes) -> dict:
         "git_commit": None,
         "device": "cpu",
         "wall_time": 100.0 * (1 + 0.01 * seed**2 if arm == "rows" else 1),
+        "norm2": 20.0 - seed if arm == "baseline" else 10.0,
         "sos": [],
         **changes,
     }
@@ -119,6 +120,9 @@ def test_json_holds_the_csv_and_what_is_behind_it(built):
     assert content["arms"]["rows"]["differences"] == ARMS["rows"]
     assert content["arms"]["rows"]["seeds"] == list(range(6))
     assert content["arms"]["rows"]["time_ratio"] == pytest.approx({"median": 1.065, "min": 1.0, "max": 1.25})
+    assert content["arms"]["rows"]["norm2"] == [10.0] * 6
+    assert content["arms"]["rows"]["norm2_ratio"] == pytest.approx({"median": 0.5723684, "min": 0.5, "max": 2 / 3})
+    assert content["arms"]["baseline"]["norm2_ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     assert set(content["config"]) == set(CONFIG) - {"sos", "sos_rank", "sos_method"}
     assert content["origin"]["ultralytics"] == {"8.4.190": 18}
 
@@ -131,7 +135,7 @@ def test_markdown_tells_the_same(built):
     for split in ("val", "test"):
         found = section(text, f"{split} mAP50-95(B)")
         assert list(found) == ["baseline", "principal", "rows"]
-        assert found["baseline"][0] == "sos=false" and found["baseline"][3:] == ["–"] * 4
+        assert found["baseline"][0] == "sos=false" and found["baseline"][3:] == ["–"] * 5
         for arm, cells in found.items():
             words = ("split", "metric", "arm")
             line = {k: float(v) for k, v in read_csv(built)[split, MAIN, arm].items() if v and k not in words}
@@ -143,7 +147,7 @@ def test_markdown_tells_the_same(built):
             assert cells[3] == told.replace("0.", ".").replace("-", "−")
             assert cells[4] == f"{line['p']:.3g} (0.0312)".replace("0.", ".")
             assert cells[5] == f"{line['p_holm']:.3g}".replace("0.", ".")
-        assert found["rows"][6] == "1.065 (1.000–1.250)"
+        assert found["rows"][6:] == ["0.572 (0.500–0.667)", "1.065 (1.000–1.250)"]
         assert found["principal"][0] == "sos=true, sos_rank=0.25"
         assert section(text, f"{split}, further metrics")["rows"] == [".8250 ± .0187"]
     assert "corrected for the 2 arms of this table" in text
@@ -338,6 +342,8 @@ def put(*place):
         (put("config", None), "'config' must be of type dict, not NoneType"),
         (put("differences", ["sos", "sos_start"]), "'config' lacks \"sos_start\", which 'differences' names"),
         (put("wall_time", 0), "'wall_time' must be a number of seconds above 0, not 0"),
+        (put("norm2", "7"), "'norm2' must be a number above 0, or null, not \"7\""),
+        (put("norm2", -1.0), "'norm2' must be a number above 0, or null, not -1.0"),
         (put("metrics", {"test": {MAIN: 0.4}}), "'metrics.val' is missing"),
         (put("metrics", "test", [0.4]), r"'metrics.test' must hold a value per metric, not \[0.4\]"),
         (put("metrics", "val", MAIN, "0.4"), r"'metrics.val.metrics/mAP50-95\(B\)' must be a number or null, not \"0"),

@@ -15,15 +15,18 @@ from typing import Any
 import torch
 from ultralytics import YOLO
 from ultralytics.data.utils import check_cls_dataset, check_det_dataset
+from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER
 from ultralytics.utils.patches import torch_load
 from ultralytics.utils.torch_utils import get_cpu_info, get_gpu_info, select_device
 
 from yolo_sos.config import resolve_data, resolve_model
+from yolo_sos.core.layers import weight_matrix
 from yolo_sos.experiment.arms import Arm
 from yolo_sos.experiment.judge import judge
 from yolo_sos.experiment.record import difference, git_commit, shifts, versions, wall_time
 from yolo_sos.files import read_json, write_text
+from yolo_sos.heads import final_layers
 from yolo_sos.train import TRAINERS
 
 BEGUN = "run.json"  # in a run's folder: what it was begun with
@@ -61,6 +64,12 @@ class Run:
         return self.folder / "weights" / "last.pt"
 
     @property
+    def best(self) -> Path:
+        """The checkpoint that is judged: the last one where no epoch was better than nothing."""
+        best = self.folder / "weights" / "best.pt"
+        return best if best.exists() else self.last
+
+    @property
     def epochs_done(self) -> int:
         """The epochs that are trained and saved; all of them once the host has stripped the checkpoint."""
         if not self.last.exists():
@@ -87,7 +96,8 @@ def execute(run: Run) -> dict[str, Any]:
     What the host prints goes to ``log.txt`` in the run's folder, with the traceback if it fails.
 
     Returns:
-        (dict[str, Any]): See ``record.KEYS``; ``metrics`` by split, ``sos`` the lines of ``sos.csv``.
+        (dict[str, Any]): See ``record.KEYS``; ``metrics`` by split, ``norm2`` as ``squared_norm`` of the model judged,
+            ``sos`` the lines of ``sos.csv``.
 
     Raises:
         Exception: Whatever goes wrong in training or evaluation.
@@ -99,11 +109,13 @@ def execute(run: Run) -> dict[str, Any]:
         begun = {"versions": versions(), "git_commit": git_commit(), "device": device_name(run.device)}
         train(run)
         metrics = {split: evaluate(run, split) for split in run.splits}
+        norm2 = squared_norm(run.best)
     return {
         "experiment": run.experiment,
         "arm": run.arm.name,
         "seed": run.seed,
         "metrics": metrics,
+        "norm2": norm2,
         "wall_time": wall_time(run.folder / "results.csv"),
         **begun,
         "differences": list(run.arm.differences),
@@ -137,9 +149,8 @@ def train(run: Run) -> None:
 def evaluate(run: Run, split: str) -> dict[str, float]:
     """Return the metrics of ``best.pt`` on a split."""
     config = run.arm.config
-    best = run.folder / "weights" / "best.pt"
     return judge(
-        best if best.exists() else run.last,
+        run.best,
         data_of(run),
         split,
         task=config["task"],
@@ -147,6 +158,15 @@ def evaluate(run: Run, split: str) -> dict[str, float]:
         batch=config["batch"],
         device=run.device,
     )
+
+
+def squared_norm(weights: Path) -> float | None:
+    """Return ``Σ‖V‖_F²`` over the final linear layers of a checkpoint; None for a model that has none."""
+    try:
+        layers = final_layers(load_checkpoint(weights)[0])
+    except TypeError:
+        return None
+    return sum(float(weight_matrix(layer.module).double().square().sum()) for layer in layers)
 
 
 def data_of(run: Run) -> str:

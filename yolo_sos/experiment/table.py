@@ -58,6 +58,8 @@ class Record:
         differences (tuple[str, ...]): Keys of the config that the arm sets.
         origin (dict[str, str]): What ran, and where: versions, device, commit.
         wall_time (float): Seconds of training.
+        norm2 (float | None): Squared norm of the final layers; None in records of older releases, and of models without
+            such layers.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class Record:
     differences: tuple[str, ...]
     origin: dict[str, str]
     wall_time: float
+    norm2: float | None
 
     @classmethod
     def read(cls, path: Path, experiment: str) -> Record:
@@ -94,9 +97,12 @@ class Record:
                 raise ValueError(f"{path}: 'config' lacks {json.dumps(key)}, which 'differences' names.")
         if not (math.isfinite(seconds) and seconds > 0):
             raise ValueError(f"{path}: 'wall_time' must be a number of seconds above 0, not {seconds}.")
+        norm2 = content.get("norm2")
+        if norm2 is not None and not (isinstance(norm2, (int, float)) and norm2 > 0):
+            raise ValueError(f"{path}: 'norm2' must be a number above 0, or null, not {json.dumps(norm2)}.")
         metrics = {split: _numbers(values, f"{path}: 'metrics.{split}") for split, values in content["metrics"].items()}
         origin = {**content["versions"], "device": content["device"], "commit": content["git_commit"] or "unknown"}
-        return cls(path, arm, seed, metrics, config, tuple(content["differences"]), origin, seconds)
+        return cls(path, arm, seed, metrics, config, tuple(content["differences"]), origin, seconds, norm2)
 
 
 @dataclass(frozen=True)
@@ -214,10 +220,11 @@ class ResultTable:
             for arm, p in zip(self.arms, corrected, strict=True)
         ]
 
-    def time_ratios(self, arm: str) -> list[float]:
-        """Return an arm's training times over the baseline's, for the seeds that both have."""
-        baseline = {r.seed: r.wall_time for r in self.arms[BASELINE]}
-        return [r.wall_time / baseline[r.seed] for r in self.arms[arm] if r.seed in baseline]
+    def ratios(self, arm: str, key: str) -> list[float]:
+        """Return an arm's ``wall_time`` or ``norm2`` over the baseline's, for the seeds that both have it of."""
+        baseline = {r.seed: getattr(r, key) for r in self.arms[BASELINE]}
+        pairs = [(getattr(r, key), baseline.get(r.seed)) for r in self.arms[arm]]
+        return [of_arm / base for of_arm, base in pairs if None not in (of_arm, base)]
 
     def run(self) -> Path:
         """Write ``table.md``, ``table.csv``, ``table.json`` and ``table.png``, and print the Markdown.
@@ -252,7 +259,8 @@ class ResultTable:
             "p: exact two-sided sign-flip test over the pairs; in parentheses the least that so many pairs can give.",
             f"p Holm: p of {_short(self.primary)}, corrected for the {arms} arm{'s' * (arms > 1)} of this table, on "
             "each split by itself. The p-values of further metrics, in table.csv and table.json, are not corrected.",
-            f"time: seconds of training over the {BASELINE}'s of the same seed: median (least–most).",
+            "norm²: squared norm of the final layers of best.pt, time: seconds of training, each over the "
+            f"{BASELINE}'s of the same seed: median (least–most).",
         ]
         for name, found in origins.items():
             if len(found) > 1:
@@ -265,7 +273,8 @@ class ResultTable:
         return "\n".join([*parts, "".join(f"- {note}\n" for note in notes)])
 
     def _headline(self, split: str) -> str:
-        lines = [["arm", "what differs", "seeds", "mean ± std", f"Δ [{LEVEL:.0%} CI]", "p (least)", "p Holm", "time"]]
+        figures = ("mean ± std", f"Δ [{LEVEL:.0%} CI]", "p (least)", "p Holm", "norm²", "time")
+        lines = [["arm", "what differs", "seeds", *figures]]
         for row in self._of(split, self.primary):
             f, arm, n, pairs = row.figures, row.arm, len(row.values), len(row.differences)
             first = self.arms[arm][0]
@@ -278,8 +287,8 @@ class ResultTable:
                 line += [_signed(f["diff"]) + interval, p, _bare(f["p_holm"], ".3g")]
             else:
                 line += [NONE] * 3
-            ratios = self.time_ratios(arm) if arm != BASELINE else []
-            lines.append([*line, f"{median(ratios):.3f} ({min(ratios):.3f}–{max(ratios):.3f})" if ratios else NONE])
+            ratios = [self.ratios(arm, key) if arm != BASELINE else [] for key in ("norm2", "wall_time")]
+            lines.append([*line, *(f"{median(x):.3f} ({min(x):.3f}–{max(x):.3f})" if x else NONE for x in ratios)])
         return markdown_table(lines, texts=2)
 
     def _further(self, split: str, metrics: Sequence[str]) -> str:
@@ -311,12 +320,13 @@ class ResultTable:
         """Return the CSV's lines with the values behind them, and what the arms are; None where nothing is defined."""
         arms = {}
         for arm, of_arm in self.arms.items():
-            ratios = self.time_ratios(arm)
             arms[arm] = {
                 "differences": {key: of_arm[0].config[key] for key in of_arm[0].differences},
                 "seeds": [r.seed for r in of_arm],
                 "wall_time": [r.wall_time for r in of_arm],
-                "time_ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)} if ratios else None,
+                "norm2": [r.norm2 for r in of_arm],
+                "time_ratio": _range(self.ratios(arm, "wall_time")),
+                "norm2_ratio": _range(self.ratios(arm, "norm2")),
             }
         rows = [
             {
@@ -381,6 +391,10 @@ def _numbers(values: Any, place: str) -> dict[str, float]:
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ValueError(f"{place}.{name}' must be a number or null, not {json.dumps(value)}.")
     return {k: math.nan if v is None or not math.isfinite(v) else float(v) for k, v in values.items()}
+
+
+def _range(values: Sequence[float]) -> dict[str, float] | None:
+    return {"median": median(values), "min": min(values), "max": max(values)} if values else None
 
 
 def _short(metric: str) -> str:
