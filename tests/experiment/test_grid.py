@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from ultralytics import YOLO
 
 from yolo_sos.cli import main
@@ -117,6 +118,20 @@ def stop_after(epoch: int):
         real(self)
 
     return setup
+
+
+def test_two_processes_share_a_grid(experiment, trainings, caplog):
+    grid, other = (Experiment("little", seeds=0, splits="val") for _ in range(2))
+    first = grid.runs[0]
+    first.folder.mkdir(parents=True)
+    with FileLock(first.folder / running.LOCK):
+        assert grid.run() == 0
+    assert trainings == ["shift-0"]  # the one that nobody was at
+    assert "another process is at this run" in caplog.text and "1 of 2 runs finished, 1 left to others" in caplog.text
+    assert not (first.folder / "weights").exists() and not (first.folder / running.BEGUN).exists()
+    assert other.run() == 0  # planned when nothing was finished
+    assert trainings == ["shift-0", "baseline-0"]
+    assert sorted(path.stem for path in RECORDS.iterdir()) == ["baseline-0", "shift-0"]
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(experiment, trainings, capsys):

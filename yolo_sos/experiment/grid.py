@@ -14,7 +14,7 @@ from ultralytics.utils import LOGGER, TQDM, colorstr
 from yolo_sos.experiment.arms import find_experiment, read_arms
 from yolo_sos.experiment.launch import LAUNCHERS, check_launcher
 from yolo_sos.experiment.record import difference, read_record, record_path, wall_time, write_record
-from yolo_sos.experiment.run import Run, available_splits, data_of
+from yolo_sos.experiment.run import Busy, Run, available_splits, data_of
 
 PREFIX = colorstr("experiment: ")
 
@@ -91,7 +91,7 @@ class Experiment:
         return record_path(self.results, run.experiment, run.arm.name, run.seed)
 
     def run(self) -> int:
-        """Run what is left of the grid.
+        """Run what is left of the grid, but for runs that another process is at.
 
         Returns:
             (int): The number of runs that failed.
@@ -108,10 +108,14 @@ class Experiment:
             settings = waiting[0].arm.config
             found = tuple(available_splits(settings["task"], data_of(waiting[0])))
             waiting = [replace(run, splits=found) for run in waiting]
-        failed: list[str] = []
+        failed, elsewhere = [], []
         bar = TQDM(total=len(self.runs), initial=len(self.finished), desc=self.name)
-        for run, outcome in LAUNCHERS[self.launcher](waiting):
-            if isinstance(outcome, Exception):
+        left = (run for run in waiting if not self._is_finished(run))  # asked anew: another process may have been at it
+        for run, outcome in LAUNCHERS[self.launcher](left):
+            if isinstance(outcome, Busy):
+                elsewhere.append(run.name)
+                LOGGER.info(f"{PREFIX}{outcome}")
+            elif isinstance(outcome, Exception):
                 failed.append(f"{run.name}: {type(outcome).__name__}: {outcome}. See {run.folder / 'log.txt'}")
                 LOGGER.error(f"{PREFIX}{failed[-1]}")
             else:
@@ -119,8 +123,9 @@ class Experiment:
             bar.set_description(f"{self.name} {run.name}{f', {len(failed)} failed' if failed else ''}")
             bar.update(1)
         bar.close()
-        done = len(self.runs) - len(failed)
-        LOGGER.info(f"{PREFIX}{done} of {len(self.runs)} runs finished. Table: yolo-sos table {self.name}")
+        done = len(self.runs) - len(failed) - len(elsewhere)
+        left_to = f", {len(elsewhere)} left to others" if elsewhere else ""
+        LOGGER.info(f"{PREFIX}{done} of {len(self.runs)} runs finished{left_to}. Table: yolo-sos table {self.name}")
         return len(failed)
 
     def state(self, run: Run) -> str:

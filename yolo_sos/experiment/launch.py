@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +15,7 @@ Outcome = tuple[Run, dict[str, Any] | Exception]
 RETRIES = 3  # when a worker dies: the run resumes on another one, from its last epoch
 
 
-def local(runs: Sequence[Run]) -> Iterator[Outcome]:
+def local(runs: Iterable[Run]) -> Iterator[Outcome]:
     """Execute runs in this process and yield each with its record, or with what it raised."""
     for run in runs:
         try:
@@ -24,7 +24,7 @@ def local(runs: Sequence[Run]) -> Iterator[Outcome]:
             yield run, e
 
 
-def on_ray(runs: Sequence[Run]) -> Iterator[Outcome]:
+def on_ray(runs: Iterable[Run]) -> Iterator[Outcome]:
     """Execute runs as tasks of the Ray cluster that ``RAY_ADDRESS`` names, or of one on this machine.
 
     Each task takes one CPU, or as many GPUs as its ``device`` names; one, where none is named and the cluster has some.
@@ -77,4 +77,4 @@ def check_launcher(name: str) -> None:
         raise ValueError("launcher=ray needs Ray. Install it with: pip install 'yolo-sos[ray]'")
 
 
-LAUNCHERS: dict[str, Callable[[Sequence[Run]], Iterator[Outcome]]] = {"local": local, "ray": on_ray}
+LAUNCHERS: dict[str, Callable[[Iterable[Run]], Iterator[Outcome]]] = {"local": local, "ray": on_ray}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from ultralytics import YOLO
 from ultralytics.data.utils import check_cls_dataset, check_det_dataset
 from ultralytics.nn.tasks import load_checkpoint
@@ -31,6 +32,11 @@ from yolo_sos.train import TRAINERS
 
 BEGUN = "run.json"  # in a run's folder: what it was begun with
 LOG = "log.txt"
+LOCK = "run.lock"  # held, not merely there, while a process is at the run
+
+
+class Busy(RuntimeError):
+    """Another process is at the run."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +106,24 @@ def execute(run: Run) -> dict[str, Any]:
             ``sos`` the lines of ``sos.csv``.
 
     Raises:
+        Busy: If another process is at the run.
         Exception: Whatever goes wrong in training or evaluation.
     """
-    run.check()
     run.folder.mkdir(parents=True, exist_ok=True)
-    with logged(run.folder / LOG):
-        # Taken now: the checkout may be another one when the run ends.
-        begun = {"versions": versions(), "git_commit": git_commit(), "device": device_name(run.device)}
-        train(run)
-        metrics = {split: evaluate(run, split) for split in run.splits}
-        norm2 = squared_norm(run.best)
+    try:
+        with FileLock(run.folder / LOCK, timeout=0), logged(run.folder / LOG):  # the system frees it if we die
+            return _execute(run)
+    except Timeout as e:
+        raise Busy(f"{run.folder}: another process is at this run") from e
+
+
+def _execute(run: Run) -> dict[str, Any]:
+    run.check()
+    # Taken now: the checkout may be another one when the run ends.
+    begun = {"versions": versions(), "git_commit": git_commit(), "device": device_name(run.device)}
+    train(run)
+    metrics = {split: evaluate(run, split) for split in run.splits}
+    norm2 = squared_norm(run.best)
     return {
         "experiment": run.experiment,
         "arm": run.arm.name,
