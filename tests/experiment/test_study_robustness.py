@@ -284,7 +284,7 @@ def test_what_is_missing_is_said_before_anything_runs(given, said, tool, experim
 
 def test_a_checkpoint_of_another_run_is_refused(tool, tmp_path, monkeypatch):
     metrics = {"val": {"metrics/mAP50-95(B)": 0.1}}
-    record = tool.Record(tmp_path / "baseline-0.json", "baseline", 0, metrics, {}, (), {}, 1.0)
+    record = tool.Record(tmp_path / "baseline-0.json", "baseline", 0, metrics, {}, (), {}, 1.0, None)
     monkeypatch.setattr(tool, "find_models", lambda *_: {"baseline": [(record, tmp_path / "best.pt")]})
     monkeypatch.setattr(tool, "measure", lambda *_: {"clean": [0.2]})
     with pytest.raises(ValueError, match=r"best.pt: mAP50-95 is 0.2000, but .*baseline-0.json says 0.1000"):

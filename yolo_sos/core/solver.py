@@ -171,7 +171,7 @@ def _qr(a: Tensor, rtol: float) -> tuple[Map, int]:
     if not failed:
         inverse, condition = _invert(factor, upper=False)
         error = condition**2 * EPS  # of the products, and so of what follows from them
-        if n >= d and condition * rtol < 1.0 and error < 1e-3:  # enough to be sure of
+        if n >= d and condition * rtol < 1.0 and error < 1e-3:  # the bound itself is right
             return torch.clone, d
         if n < d and condition * rtol < 1.0 and error < ACCURACY:
             # The rows of L⁻¹A are orthonormal, as A Aᵀ = L Lᵀ. The sizes decide in which order to multiply.
