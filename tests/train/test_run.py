@@ -302,7 +302,7 @@ def test_momentum_goes_along_where_it_is_told_to(train, layers, momentum):
         return {event: lambda trainer: seen.update({event: momentum_of(trainer)})}
 
     run = train(
-        **{"sos": True, "epochs": 1, "sos_momentum": momentum, "sos_layers": "cls"},
+        **{"sos": True, "epochs": 1, "nbs": 8, "sos_momentum": momentum, "sos_layers": "cls"},
         callbacks={**note("on_train_batch_end"), **note("on_train_epoch_end")},
     )
     before, after = seen["on_train_batch_end"], seen["on_train_epoch_end"]
