@@ -402,7 +402,7 @@ def test_every_step_of_a_run_is_the_papers(train, method, nbs):
         # In float32 an anchor point can go to another object than in float64: by the norm, not entry by entry.
         error = sum(float((step["after"][n].double() - p.detach()).square().sum()) for n, p in named.items()) ** 0.5
         moved = sum(float((p.detach() - w).square().sum()) for p, w in zip(named.values(), old, strict=True)) ** 0.5
-        assert error < 1e-3 * moved
+        assert error < 4e-3 * moved  # a rho off by 5 % makes 5e-3 to 14e-3 of it
 
 
 def test_a_step_takes_two_passes_of_which_the_first_is_told(plain, sam):
