@@ -111,19 +111,16 @@ def execute(run: Run) -> dict[str, Any]:
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(run.folder / LOCK, timeout=0), logged(run.folder / LOG):  # the system frees it if we die
-            return _execute(run)
+        lock = FileLock(run.folder / LOCK).acquire(timeout=0)  # the system frees it if we die
     except Timeout as e:
         raise Busy(f"{run.folder}: another process is at this run") from e
-
-
-def _execute(run: Run) -> dict[str, Any]:
-    run.check()
-    # Taken now: the checkout may be another one when the run ends.
-    begun = {"versions": versions(), "git_commit": git_commit(), "device": device_name(run.device)}
-    train(run)
-    metrics = {split: evaluate(run, split) for split in run.splits}
-    norm2 = squared_norm(run.best)
+    with lock, logged(run.folder / LOG):
+        run.check()
+        # Taken now: the checkout may be another one when the run ends.
+        begun = {"versions": versions(), "git_commit": git_commit(), "device": device_name(run.device)}
+        train(run)
+        metrics = {split: evaluate(run, split) for split in run.splits}
+        norm2 = squared_norm(run.best)
     return {
         "experiment": run.experiment,
         "arm": run.arm.name,
