@@ -11,7 +11,8 @@ CHUNK = 1 << 15  # rows turned into float64 at once: 80 MB at d = 320, whatever 
 
 def as_float64(x: Tensor) -> Tensor:
     """Return ``x`` in float64, on the CPU where its device has none (MPS)."""
-    return (x.cpu() if x.device.type == "mps" else x).detach().double()
+    x = x.detach() if x.requires_grad else x  # a view costs small systems more than the view itself
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 class Gram:

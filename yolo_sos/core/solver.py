@@ -19,13 +19,17 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.linalg import multi_dot, vector_norm
+from torch.nn.functional import normalize
 
 from yolo_sos.core.gram import Gram, as_float64
 
 OK, NON_FINITE, RANK_ZERO = "ok", "non-finite", "rank-zero"  # ShiftResult.status
 EPS = torch.finfo(torch.float64).eps
 ACCURACY = 1e-8  # of outputs, where speed costs digits: less than the 6e-8 to which float32 rounds the weights
+SHORT = 1e-140  # of a row: its square is still far from the end of float64's range
 Map = Callable[[Tensor], Tensor]  # of tensors (k, d) in float64
+Solved = tuple[Tensor, int, Map, Callable[[], float]]  # V*, the rank of the rows, the map to V*, the deviation
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class ShiftResult:
         status (str): ``ok``; ``non-finite``: NaN or Inf in the input, or an overflow on the way; ``rank-zero``: the
             rows span nothing.
         linear (Callable): The linear map that took V to V*, for other tensors ``(k, d)`` in float64 and on the solver's
-            device; the identity unless status is ok.
+            device; the identity unless status is ok. It can read the rows, where they came in float64: write over them
+            only afterwards.
         measure (Callable): Computes ``deviation``.
     """
 
@@ -78,9 +83,9 @@ def minimum_norm_shift(
     Args:
         features (Tensor): A ``(n, d)``, any float dtype and device.
         weight (Tensor): V ``(out, d)``, any float dtype and device.
-        rtol (float, optional): Singular values (``gauss``: pivots) of A, each row scaled to a largest entry of 1, up to
-            ``rtol`` times the largest count as zero. None: ``max(n, d) · eps`` of the dtype of ``features``, taken as
-            float32 for the half precisions, whose own eps would throw away directions that carry signal.
+        rtol (float, optional): Singular values (``gauss``: pivots) of A, each row scaled to length 1, up to ``rtol``
+            times the largest count as zero. None: ``max(n, d) · eps`` of the dtype of ``features``, taken as float32
+            for the half precisions, whose own eps would throw away directions that carry signal.
         method (str): ``qr``: orthogonalisation of the shorter side of A, by the Cholesky factor of its products where A
             is surely well conditioned, else by Householder reflections; where A is not surely of full rank, the SVD of
             the triangular factor decides. ``svd``: singular value decomposition of A. ``gauss``: Algorithm 1 of the
@@ -105,26 +110,63 @@ def minimum_norm_shift(
     if not 0.0 <= rtol < 1.0:
         raise ValueError(f"rtol={rtol} must be at least 0 and less than 1.")
     a = as_float64(features)
-    v = as_float64(weight).to(a.device).clone()  # V* may be written over the weight before V is asked for again
-    lengths = a.abs().amax(1, keepdim=True)
-    longest = float(lengths.max()) if a.numel() else 0.0
-    norm_before = float(v.norm())
-    if not (math.isfinite(longest) and math.isfinite(norm_before)):
+    v = as_float64(weight).to(a.device)
+    norm_before = float(vector_norm(v))
+    if not math.isfinite(norm_before):
         return unchanged(weight, NON_FINITE)
+    solved = (_quick(a, v, rtol) if method == "qr" else None) or _careful(a, v, rtol, method)
+    if isinstance(solved, str):
+        return unchanged(weight, solved)
+    shifted, rank, linear, measure = solved
+    return _result(weight, shifted, rank, norm_before, float(vector_norm(shifted)), linear, measure)
+
+
+def _quick(a: Tensor, v: Tensor, rtol: float) -> Solved | None:
+    """Solve by the products of rows; None where A is not surely of full rank, or too ill conditioned for them.
+
+    They square the condition number. What it is surely not above, with rows of length 1, follows from ``σ_max ≤ ‖A‖_F``
+    and ``σ_min ≥ 1 / ‖A⁺‖_F`` at a fraction of an SVD. NaN is not below anything.
+    """
+    n, d = a.shape
+    products = a @ a.T if n < d else a.T @ a
+    factor, failed = torch.linalg.cholesky_ex(products, upper=True)
+    if failed or not min(n, d):
+        return None
+    inverse = torch.cholesky_inverse(factor, upper=True)
+    if n < d:
+        lengths2 = products.diagonal().clamp(min=SHORT**2)
+        condition2, accuracy = n * float(torch.dot(lengths2, inverse.diagonal())), ACCURACY
+    else:  # V* = V, whatever the products lose, as long as the bound itself is right
+        longest = max(float(vector_norm(a, dim=1).max()), SHORT)
+        condition2, accuracy = n * longest**2 * float(inverse.trace()), 1e-3
+    if not condition2 * max(rtol**2, EPS / accuracy) < 1.0:
+        return None
+    if n >= d:
+        return v.clone(), d, torch.clone, lambda: 0.0
+    outputs = v @ a.T
+
+    def measure() -> float:  # A V*ᵀ = (A Aᵀ)(A Aᵀ)⁻¹ (A Vᵀ) takes neither A nor V, which may be written over by then
+        z = outputs / (_largest(outputs) or 1.0)
+        return _ratio((z @ inverse @ products - z).norm(), z.norm())
+
+    # The sizes decide in which order to multiply.
+    return multi_dot([outputs, inverse, a]), n, lambda x: multi_dot([x @ a.T, inverse, a]), measure
+
+
+def _careful(a: Tensor, v: Tensor, rtol: float, method: str) -> Solved | str:
+    """Solve by ``method`` whatever A is; the status where that is impossible."""
+    longest = _largest(a) if a.numel() else 0.0
+    if not math.isfinite(longest):
+        return NON_FINITE
     if longest == 0.0:  # no rows, or all of them zero: V* would be 0, and nothing is known about V
-        return unchanged(weight, RANK_ZERO)
-    # The span does not know how long a row is; nor should "zero" depend on it.
-    scaled = a / torch.where(lengths > 0, lengths, 1.0)
-    linear, rank = _METHODS[method](scaled, rtol)
+        return RANK_ZERO
+    # The span does not know how long a row is; nor should "zero" depend on it. Twice: squares of 1e200 are not finite.
+    tiny = torch.finfo(a.dtype).tiny
+    linear, rank = _METHODS[method](normalize(normalize(a, math.inf, dim=1, eps=tiny), dim=1, eps=tiny), rtol)
     if rank == 0:
-        return unchanged(weight, RANK_ZERO)
-    shifted = linear(v)
-
-    def measure() -> float:
-        rows = scaled * (lengths / longest)  # what is measured is relative, and squares of 1e200 are not finite
-        return _ratio((rows @ (shifted - v).T).norm(), (rows @ v.T).norm())
-
-    return _result(weight, shifted, rank, norm_before, float(shifted.norm()), linear, measure)
+        return RANK_ZERO
+    shifted, rows, v = linear(v), a / longest, v.clone()  # rows: what is measured is relative
+    return shifted, rank, linear, lambda: _ratio((rows @ (shifted - v).T).norm(), (rows @ v.T).norm())
 
 
 def _largest(x: Tensor) -> float:
@@ -148,7 +190,8 @@ def _result(
 ) -> ShiftResult:
     new = shifted.to(weight.device if weight.device.type != "mps" else "cpu", weight.dtype).to(weight.device)
     # The new weight too: an entry of V* can be larger than any of V, more than float16 holds.
-    if not (math.isfinite(norm_after) and math.isfinite(_largest(new))):
+    largest = norm_after if norm_after < torch.finfo(new.dtype).max else _largest(new)
+    if not (math.isfinite(norm_after) and math.isfinite(largest)):
         return unchanged(weight, NON_FINITE)
     return ShiftResult(new, float(rank), norm_before, norm_after, linear=linear, measure=measure)
 
@@ -167,34 +210,24 @@ def _svd(a: Tensor, rtol: float) -> tuple[Map, int]:
 
 def _qr(a: Tensor, rtol: float) -> tuple[Map, int]:
     n, d = a.shape
-    factor, failed = torch.linalg.cholesky_ex(a @ a.T if n < d else a.T @ a)
-    if not failed:
-        inverse, condition = _invert(factor, upper=False)
-        error = condition**2 * EPS  # of the products, and so of what follows from them
-        if n >= d and condition * rtol < 1.0 and error < 1e-3:  # the bound itself is right
-            return torch.clone, d
-        if n < d and condition * rtol < 1.0 and error < ACCURACY:
-            # The rows of L⁻¹A are orthonormal, as A Aᵀ = L Lᵀ. The sizes decide in which order to multiply.
-            return lambda x: torch.linalg.multi_dot([x, a.T, inverse.T, inverse, a]), n
     if n >= d:
         r = torch.linalg.qr(a, mode="r").R  # A = QR: A and R (d, d) have the same row space
-        return (torch.clone, d) if _invert(r, upper=True)[1] * rtol < 1.0 else _svd(r, rtol)
+        return (torch.clone, d) if _condition(r) * rtol < 1.0 else _svd(r, rtol)
     q, r = torch.linalg.qr(a.T)  # Aᵀ = QR with Q (d, n), R (n, n)
-    if _invert(r, upper=True)[1] * rtol < 1.0:
+    if _condition(r) * rtol < 1.0:
         return _onto(q.T), n
     u, s, _ = torch.linalg.svd(r)
     rank = int((s > rtol * s[0]).sum())
     return _onto((q @ u[:, :rank]).T), rank
 
 
-def _invert(r: Tensor, *, upper: bool) -> tuple[Tensor, float]:
-    """Return the inverse of a triangular matrix, and what its condition number is surely not above.
+def _condition(r: Tensor) -> float:
+    """Return what the condition number of an upper triangular matrix is surely not above: ``‖R‖_F ‖R⁻¹‖_F``.
 
-    The diagonal does not tell, but ``σ_max ≤ ‖R‖_F`` and ``σ_min ≥ 1 / ‖R⁻¹‖_F`` do, at a fraction of an SVD. A zero on
-    the diagonal gives NaN, which is not below anything.
+    Its diagonal does not tell. A zero there gives NaN, which is not below anything.
     """
-    inverse = torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=upper)
-    return inverse, float(r.norm()) * float(inverse.norm())
+    inverse = torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True)
+    return float(vector_norm(r)) * float(vector_norm(inverse))
 
 
 def _gauss(a: Tensor, rtol: float) -> tuple[Map, int]:
