@@ -307,7 +307,7 @@ def test_class_probabilities_are_labels_or_what_the_class_layer_says(case):
     model, task, batch = case
     layer = final_layers(model)[-1]
     logits = torch.randn(IMAGES, CLASSES)
-    p = task.probabilities(layer, logits, batch)
+    p = task.probabilities(layer, logits.clone(), batch)
     if isinstance(model, ClassificationModel):
         assert torch.equal(p.argmax(1), batch["cls"]) and torch.equal(p.sum(1), torch.ones(IMAGES))
     else:

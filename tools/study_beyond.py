@@ -47,7 +47,7 @@ from yolo_sos.checkpoint import Workbench
 from yolo_sos.checkpoint.file import Checkpoint
 from yolo_sos.checkpoint.score import headline
 from yolo_sos.config import KINDS
-from yolo_sos.core import FinalLayer, GroupedGram, InputCapture, row_weights
+from yolo_sos.core import FinalLayer, GroupedGram, InputCapture, has_background, row_weights
 from yolo_sos.core.gram import as_float64
 from yolo_sos.core.layers import input_rows, output_rows, weight_matrix, write_weight
 from yolo_sos.core.shift import evaluation, layer_outputs
@@ -87,7 +87,10 @@ def sensitivities(
 def balanced_moments(model: nn.Module, task: HostTask, batches: Iterable[Any]) -> Moments:
     """Return the second moments that shifts weigh by default."""
     layers = {layer.name: layer for layer in final_layers(model)}
-    found = {name: GroupedGram(weight_matrix(layer.module).shape[1]) for name, layer in layers.items()}
+    found = {
+        name: GroupedGram(weight_matrix(x.module).shape[1], background=has_background("balanced", x.kind))
+        for name, x in layers.items()
+    }
     with evaluation(model), InputCapture(list(layers.values())) as capture:
         for batch in batches:
             task.forward(model, batch)

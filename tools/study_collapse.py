@@ -288,7 +288,7 @@ def posthoc(run: Run, config: Config, data: Data, seed: int, regime: str) -> lis
     none = {"method": "none", "weighting": "", "n": 0, "draw": 0}
     lines = [{**key, **none, **measure(weight, bias, weight, features, data), **collapse(a, data.labels["train"])}]
     for method, draw in trials(config, a.shape[1]):
-        rows = method.accumulator(a.shape[1], torch.Generator().manual_seed(10_000 * seed + draw))
+        rows = method.accumulator(a.shape[1], "linear", torch.Generator().manual_seed(10_000 * seed + draw))
         rows.update(a, row_weights(method.weighting, "linear", one_hot))
         result = method.solve(rows, weight)
         name = {"method": method.name, "weighting": method.weighting, "n": method.rank, "draw": draw}

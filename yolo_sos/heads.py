@@ -115,7 +115,7 @@ class HostTask:
         """Return labels as one-hot rows for a classifier; what the class layer says of each anchor point otherwise."""
         if layer.kind == "linear":
             return nn.functional.one_hot(batch["cls"].long().view(-1), logits.shape[1]).to(logits.dtype)
-        return logits.sigmoid()
+        return logits.sigmoid_()  # not into memory of its own, which takes longer than the sigmoid
 
     def replay(self, output: Any, outputs: dict[str, Tensor]) -> Any:
         """Return the predictions that other outputs of the final layers make, by the head's own ``forward_head``."""

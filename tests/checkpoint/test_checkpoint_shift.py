@@ -23,7 +23,7 @@ from yolo_sos.checkpoint import shift as shift_module
 from yolo_sos.checkpoint.file import Checkpoint
 from yolo_sos.checkpoint.images import Images
 from yolo_sos.checkpoint.workbench import Workbench
-from yolo_sos.core import InputCapture, Method, shift_layers
+from yolo_sos.core import InputCapture, Method, shift_layers, weighting
 from yolo_sos.core.layers import input_rows, weight_matrix
 from yolo_sos.core.shift import evaluation
 from yolo_sos.core.solver import NON_FINITE, unchanged
@@ -232,21 +232,23 @@ def test_every_image_runs_once(weights, seen, monkeypatch):
     assert runs == [(True, 8)] * 3 + [(False, 8)]  # 16 images to fit on and 8 held out; those once more to verify
 
 
-def test_the_memory_of_what_is_collected_does_not_grow_with_the_images(trained, seen):
-    def size(images):
+def test_the_memory_of_what_is_collected_does_not_grow_with_the_images(trained, seen, monkeypatch):
+    held = 20_000
+    monkeypatch.setattr(weighting, "HELD", held)
+
+    def sizes(images):
         bench = Workbench(Checkpoint(trained["best"]), seen, kinds=("box", "cls"), images=images)
         collector = bench.capture([(Method(), 0), (Method("rows", 0.5), 0)])
         assert collector.rows(bench.shifted[0]) == 64 * images
-        total = 0
-        for by_layer in collector._collected.values():
-            for kept in by_layer.values():
-                if hasattr(kept, "groups"):
-                    total += sum(g.matrix.numel() for g in kept.groups)
-                else:
-                    total += sum(keys.numel() + rows.numel() for keys, rows in kept._kept)
-        return total
+        moments, samples = (by_layer.values() for by_layer in collector._collected.values())
+        return (
+            [sum(x.numel() * x.element_size() for part in (*m._new, *m._kept) for x in part[:2]) for m in moments],
+            [sum(keys.numel() + rows.numel() for keys, rows in s._kept) for s in samples],
+        )
 
-    assert size(4) == size(16)
+    few, many = sizes(4), sizes(16)
+    assert max(few[0]) <= held and held / 4 < max(many[0]) <= held
+    assert few[1] == many[1]
 
 
 # Drawn rows -----------------------------------------------------------------------------------------------------------

@@ -865,8 +865,10 @@ def test_rank_of_a_layer(name, rank, d, expected):
     method = Method(name, rank=rank)
     assert method.rank_of(d) == expected
     assert type(method.rank_of(d)) is int
-    accumulator = method.accumulator(d, torch.Generator())
-    assert (accumulator.d, type(accumulator)) == (d, RowSample if name == "rows" else GroupedGram)
+    for kind in ("box", "cls", "linear"):
+        accumulator = method.accumulator(d, kind, torch.Generator())
+        assert (accumulator.d, type(accumulator)) == (d, RowSample if name == "rows" else GroupedGram)
+        assert accumulator.background == (kind == "cls")
     assert name != "rows" or accumulator.wanted == expected
 
 

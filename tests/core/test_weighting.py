@@ -17,6 +17,7 @@ from yolo_sos.core import (
     Gram,
     GroupedGram,
     RowSample,
+    has_background,
     minimum_norm_shift,
     principal_shift,
     row_weights,
@@ -38,8 +39,7 @@ def generator(seed=0):
         ("uniform", ("box", "cls", "mask", "kpt", "angle", "linear"), [[1], [1], [1]]),
         ("confidence", ("box", "mask", "kpt", "angle"), [[0.5], [1], [0]]),  # the highest probability
         ("confidence", ("cls", "linear"), [[0.25 * 0.75 + 0.25], [0], [0]]),  # Σ p(1−p)
-        ("balanced", ("box", "mask", "kpt", "angle", "linear"), [[0.25, 0.5], [1, 0], [0, 0]]),
-        ("balanced", ("cls",), [[0.25, 0.5, 1], [1, 0, 1], [0, 0, 1]]),  # and all rows: the background
+        ("balanced", ("box", "cls", "mask", "kpt", "angle", "linear"), [[0.25, 0.5], [1, 0], [0, 0]]),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -49,11 +49,12 @@ def test_weights_by_hand(weighting, kinds, expected, dtype):
         w = row_weights(weighting, kind, p)
         assert w.dtype == dtype
         assert w.tolist() == expected, kind
+        assert has_background(weighting, kind) == (weighting == "balanced" and kind == "cls")
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_no_rows_have_no_weights(weighting):
-    groups = {"uniform": 1, "confidence": 1, "balanced": 4}[weighting]
+    groups = {"uniform": 1, "confidence": 1, "balanced": 3}[weighting]
     assert row_weights(weighting, "cls", torch.zeros(0, 3)).shape == (0, groups)
 
 
@@ -84,7 +85,7 @@ def test_balanced_moment_is_the_formula_however_the_rows_arrive(n, d, classes, s
     p = torch.rand(n, classes, generator=g, dtype=torch.float64) * (torch.rand(n, classes, generator=g) > 0.3)
     expected = balanced_moment(a.numpy(), p.numpy(), kind)
     for pieces in (1, 2, n):
-        moment = GroupedGram(d)
+        moment = GroupedGram(d, background=has_background("balanced", kind))
         for ai, pi in zip(a.tensor_split(pieces), p.tensor_split(pieces), strict=True):
             moment.update(ai, row_weights("balanced", kind, pi))
         np.testing.assert_allclose(moment.gram.matrix.numpy(), expected, rtol=1e-10, atol=1e-12)
@@ -92,19 +93,81 @@ def test_balanced_moment_is_the_formula_however_the_rows_arrive(n, d, classes, s
         assert moment.gram.mass == int((p.sum(0) > 0).sum()) + (kind == "cls")
 
 
-@pytest.mark.parametrize("held", [0, 250, 1 << 25])  # folded at once, half way, and never
-def test_what_is_kept_and_what_is_folded_is_one_moment(held, monkeypatch):
-    a, w = torch.randn(20, 3, generator=generator()), torch.rand(20, 2, generator=generator(1))
+def thinned(a, w, held, monkeypatch, *, seed=0, pieces=5, **options):
+    """Return what holds at most so many bytes of the rows; after every piece, that it does."""
     monkeypatch.setattr(weighting_module, "HELD", held)
-    moment = GroupedGram(3)
-    for ai, wi in zip(a.split(5), w.split(5), strict=True):
+    moment = GroupedGram(a.shape[1], generator(seed), **options)
+    for ai, wi in zip(a.tensor_split(pieces), w.tensor_split(pieces), strict=True):
         moment.update(ai, wi)
-        assert moment._bytes <= max(held, 2 * 3 * 3 * 8)
-    expected = sum((w[:, [g]].double() * a.double()).T @ a.double() / w[:, g].double().sum() for g in range(2))
-    assert bool(moment.groups) == (held < 1000)
-    for _ in range(2):  # asking changes nothing
-        assert torch.allclose(moment.gram.matrix, expected, rtol=1e-12, atol=0)
-    assert (moment.rows, moment.gram.rows, moment.gram.mass) == (20, 20, 2.0)
+        kept = [x for part in (*moment._kept, *moment._new) for x in part[:2]]
+        assert sum(x.untyped_storage().nbytes() if moment.threshold else 0 for x in kept) <= held
+    assert bool(moment.threshold) == (held < sum(x.numel() * x.element_size() for x in (a, w)))
+    return moment
+
+
+def lopsided(rows=300, d=4):
+    """Return rows and weights of three groups: everything, a tenth, and two rows that alone have a last column."""
+    a = torch.randn(rows, d, generator=generator(), dtype=torch.float64)
+    w = torch.rand(rows, 3, generator=generator(1), dtype=torch.float64)
+    w[torch.arange(rows) % 10 > 0, 1] = 0.0
+    a[:, -1], w[:, 2] = 0.0, 0.0
+    a[[20, 270], -1], w[[20, 270], 2] = 1.0, 0.9
+    return a, w
+
+
+def grouped_moment(a, w):
+    """Return Σ_g (Σᵢ w_ig aᵢᵀaᵢ)/(Σᵢ w_ig)."""
+    return sum((w[:, [g]] * a).T @ a / w[:, g].sum() for g in range(w.shape[1]))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_too_many_rows_are_thinned_and_right_on_average(background, monkeypatch):
+    a, w = lopsided()
+    expected = grouped_moment(a, torch.cat([w, torch.ones(len(w), background, dtype=w.dtype)], 1))
+    whole = thinned(a, w, 1 << 26, monkeypatch, background=background)
+    torch.testing.assert_close(whole.gram.matrix, expected, rtol=1e-12, atol=1e-15)
+    found = []
+    for seed in range(400):
+        moment = thinned(a, w, 60 * 7 * 8, monkeypatch, seed=seed, background=background)  # a fifth of the rows
+        for _ in range(2):  # asking changes nothing
+            found.append(moment.gram.matrix)
+        assert torch.equal(found.pop(), found[-1])
+        assert 20 <= sum(len(part[0]) for part in moment._kept) <= 60
+        assert (moment.rows, moment.gram.rows, moment.gram.mass) == (300, 300, 3.0 + background)
+    error = torch.stack(found) - expected
+    assert (error.mean(0).abs() <= 4 * error.std(0) / len(found) ** 0.5 + 1e-12).all()
+    assert error[..., -1, -1].abs().max() < 0.02 * expected[-1, -1]  # two rows that nothing stands for
+    relative = error.flatten(1).norm(dim=1) / expected.norm()
+    assert 1e-3 < relative.mean() < 0.2
+
+
+def test_thinning_follows_the_seed_and_leaves_the_global_state(monkeypatch):
+    a, w = lopsided()
+    state = torch.get_rng_state()
+    first, again, other = (thinned(a, w, 4000, monkeypatch, seed=seed).gram.matrix for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_single_group_is_exact_and_holds_no_rows(monkeypatch):
+    a, w = torch.randn(40, 3, generator=generator()), torch.rand(40, 1, generator=generator(1))
+    monkeypatch.setattr(weighting_module, "HELD", 0)
+    moment = GroupedGram(3)
+    for ai, wi in zip(a.split(7), w.split(7), strict=True):
+        moment.update(ai, wi)
+    assert not moment._new and not moment._kept
+    torch.testing.assert_close(moment.gram.matrix, grouped_moment(a.double(), w.double()), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_of_any_dtype_add_up(dtype, monkeypatch):
+    a, w = (x.to(dtype) for x in lopsided(3000))
+    w[:, 0] = 1000.0  # whose sum is more than float16 holds
+    for held in (1 << 26, 30_000):
+        moment = thinned(a, w, held, monkeypatch)
+        expected = grouped_moment(a.double(), w.double())
+        assert (moment.gram.matrix - expected).norm() < (0.05 if moment.threshold else 1e-6) * expected.norm()
 
 
 def test_rows_and_weights_must_fit():
@@ -153,6 +216,7 @@ def test_rows_are_weighted_a_chunk_at_a_time(monkeypatch):
     a, w = torch.randn(20, 3, generator=g), torch.rand(20, 2, generator=g)
     whole = GroupedGram(3)
     whole.update(a, w)
+    expected = whole.gram.matrix
     sizes, convert = [], weighting_module.as_float64
 
     def spy(x):
@@ -160,13 +224,11 @@ def test_rows_are_weighted_a_chunk_at_a_time(monkeypatch):
         return convert(x)
 
     monkeypatch.setattr(weighting_module, "CHUNK", 6)
-    monkeypatch.setattr(weighting_module, "HELD", 0)
     monkeypatch.setattr(weighting_module, "as_float64", spy)
     chunked = GroupedGram(3)
     chunked.update(a, w)
-    assert sizes == [6, 6, 6, 2]  # once, not once per group
-    assert chunked.rows == 20
-    assert torch.allclose(chunked.gram.matrix, whole.gram.matrix, rtol=1e-12, atol=0)
+    torch.testing.assert_close(chunked.gram.matrix, expected, rtol=1e-6, atol=0)
+    assert sizes == [6, 6, 6, 2]
 
 
 # Drawn rows -----------------------------------------------------------------------------------------------------------
@@ -264,8 +326,10 @@ def test_draws_follow_the_weights(rows, pieces):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("weight", [1.0, 1e-9, 0.0, float("nan")])
 @pytest.mark.parametrize("pieces", [1, 7])
-def test_a_row_that_is_not_finite_is_always_seen(bad, weight, pieces):
-    a, w = numbered(500), torch.ones(500, 1)
+@pytest.mark.parametrize(("groups", "held"), [(1, 0), (2, 1 << 26), (2, 800)])
+def test_a_row_that_is_not_finite_is_always_seen(bad, weight, pieces, groups, held, monkeypatch):
+    monkeypatch.setattr(weighting_module, "HELD", held)
+    a, w = numbered(500), torch.ones(500, groups)
     a[321, 2], w[321] = bad, weight
     sample, moment = RowSample(3, 2, generator()), GroupedGram(3)
     for ai, wi in zip(a.tensor_split(pieces), w.tensor_split(pieces), strict=True):
@@ -276,8 +340,10 @@ def test_a_row_that_is_not_finite_is_always_seen(bad, weight, pieces):
     assert principal_shift(moment.gram, torch.ones(1, 3)).status == NON_FINITE
 
 
-def test_weights_that_are_no_numbers_show():
-    a, w = numbered(500), torch.ones(500, 1)
+@pytest.mark.parametrize(("groups", "held"), [(1, 0), (2, 1 << 26), (2, 800)])
+def test_weights_that_are_no_numbers_show(groups, held, monkeypatch):
+    monkeypatch.setattr(weighting_module, "HELD", held)
+    a, w = numbered(500), torch.ones(500, groups)
     w[123] = float("nan")
     sample, moment = RowSample(3, 2, generator()), GroupedGram(3)
     sample.update(a, w)

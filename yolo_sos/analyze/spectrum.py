@@ -18,7 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yolo_sos.core import FinalLayer, Gram, GroupedGram, Method, Task, input_rows, row_weights, weight_matrix
+from yolo_sos.core import (
+    FinalLayer,
+    Gram,
+    GroupedGram,
+    Method,
+    Task,
+    has_background,
+    input_rows,
+    row_weights,
+    weight_matrix,
+)
 from yolo_sos.core.gram import as_float64
 from yolo_sos.core.layers import output_rows
 from yolo_sos.core.solver import OK
@@ -109,7 +119,10 @@ class Inputs:
         """Start empty."""
         self.task, self.layers, self.weighting = task, list(layers), weighting
         self.plain = {layer.name: Gram(self._d(layer)) for layer in layers}
-        self.weighted = {layer.name: GroupedGram(self._d(layer)) for layer in layers}
+        self.weighted = {layer.name: self._grouped(layer) for layer in layers}
+
+    def _grouped(self, layer: FinalLayer) -> GroupedGram:
+        return GroupedGram(self._d(layer), background=has_background(self.weighting, layer.kind))
 
     @staticmethod
     def _d(layer: FinalLayer) -> int:

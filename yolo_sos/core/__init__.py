@@ -18,7 +18,7 @@ from yolo_sos.core.solver import (
     principal_shift,
 )
 from yolo_sos.core.task import ClassifierTask, Task
-from yolo_sos.core.weighting import WEIGHTINGS, GroupedGram, RowSample, row_weights
+from yolo_sos.core.weighting import WEIGHTINGS, GroupedGram, RowSample, has_background, row_weights
 
 __all__ = [
     "METHODS",
@@ -41,6 +41,7 @@ __all__ = [
     "Task",
     "budgeted_shift",
     "expected_shift",
+    "has_background",
     "input_rows",
     "last_linear",
     "minimum_norm_shift",

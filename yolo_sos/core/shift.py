@@ -26,7 +26,7 @@ from yolo_sos.core.solver import (
     principal_shift,
 )
 from yolo_sos.core.task import Task
-from yolo_sos.core.weighting import WEIGHTINGS, GroupedGram, RowSample, row_weights
+from yolo_sos.core.weighting import WEIGHTINGS, GroupedGram, RowSample, has_background, row_weights
 
 METHODS = ("principal", "expected", "budget", "full", "rows")
 STEPS = (1.0, 0.5, 0.25, 0.0)  # parts of the largest t of V + t(V* − V), in the order in which the guard tries them
@@ -70,9 +70,12 @@ class Method:
         """Return what tells accumulators apart: the weighting and, for drawn rows, the seed."""
         return (self.weighting, seed) if self.name == "rows" else (self.weighting,)
 
-    def accumulator(self, d: int, generator: torch.Generator) -> GroupedGram | RowSample:
-        """Return what collects the rows of a layer of input size d."""
-        return RowSample(d, self.rank_of(d), generator) if self.name == "rows" else GroupedGram(d)
+    def accumulator(self, d: int, kind: str, generator: torch.Generator) -> GroupedGram | RowSample:
+        """Return what collects the rows of a layer of input size d and of a kind."""
+        background = has_background(self.weighting, kind)
+        if self.name == "rows":
+            return RowSample(d, self.rank_of(d), generator, background=background)
+        return GroupedGram(d, generator, background=background)
 
     def solve(self, rows: GroupedGram | RowSample, weight: Tensor) -> ShiftResult:
         """Return the shift of ``weight`` ``(out, d)`` for the rows collected."""
@@ -214,7 +217,7 @@ class Collector:
         layers (Sequence[FinalLayer]): All final layers of the model's output.
         shifted (Sequence[FinalLayer]): Those to collect for.
         trials (Iterable[tuple[Method, int]]): The methods that ``solve`` will be asked for, each with the seed of its
-            drawing.
+            drawing. What methods share goes by the first one's.
     """
 
     def __init__(
@@ -229,16 +232,16 @@ class Collector:
         self.layers = layers
         self.shifted = shifted
         self._collected: dict[tuple[Any, ...], dict[str, GroupedGram | RowSample]] = {}
-        sharing: dict[tuple[Any, ...], list[Method]] = {}
+        sharing: dict[tuple[Any, ...], list[tuple[Method, int]]] = {}
         for method, seed in trials:
-            sharing.setdefault(method.collects(seed), []).append(method)
-        for key, methods in sharing.items():
-            generator = torch.Generator().manual_seed(key[-1]) if len(key) > 1 else torch.Generator()
+            sharing.setdefault(method.collects(seed), []).append((method, seed))
+        for key, alike in sharing.items():
+            generator = torch.Generator().manual_seed(alike[0][1])
             self._collected[key] = {}
             for layer in shifted:
                 d = weight_matrix(layer.module).shape[1]
-                largest = max(methods, key=lambda m, d=d: m.rank_of(d))  # type: ignore[misc]
-                self._collected[key][layer.name] = largest.accumulator(d, generator)
+                largest = max((method for method, _ in alike), key=lambda m, d=d: m.rank_of(d))  # type: ignore[misc]
+                self._collected[key][layer.name] = largest.accumulator(d, layer.kind, generator)
 
     def add(self, inputs: dict[str, Tensor], batch: Any) -> None:
         """Add one batch's rows to each accumulator, weighted by what their class layer says of them."""

@@ -26,7 +26,7 @@ from yolo_sos.core.gram import Gram, as_float64
 
 OK, NON_FINITE, RANK_ZERO = "ok", "non-finite", "rank-zero"  # ShiftResult.status
 EPS = torch.finfo(torch.float64).eps
-ACCURACY = 1e-8  # of outputs, where speed costs digits: less than the 6e-8 to which float32 rounds the weights
+ACCURACY = 2e-9  # of outputs, where speed costs digits: far below the 6e-8 to which float32 rounds the weights
 SHORT = 1e-140  # of a row: its square is still far from the end of float64's range
 Map = Callable[[Tensor], Tensor]  # of tensors (k, d) in float64
 Solved = tuple[Tensor, int, Map, Callable[[], float]]  # V*, the rank of the rows, the map to V*, the deviation

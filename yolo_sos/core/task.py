@@ -19,7 +19,10 @@ class Task(Protocol):
         """Return the model's output for a batch."""
 
     def probabilities(self, layer: FinalLayer, logits: Tensor, batch: Any) -> Tensor:
-        """Return class probabilities ``(n, C)`` of the rows, from the outputs ``(n, C)`` of their class layer."""
+        """Return class probabilities ``(n, C)`` of the rows, from the outputs ``(n, C)`` of their class layer.
+
+        It may write over those.
+        """
 
     def replay(self, output: Any, outputs: dict[str, Tensor]) -> Any:
         """Return ``output`` as it would be if the final layers had returned ``outputs`` (layer name → Tensor)."""

@@ -8,7 +8,7 @@ group counts as much as any other:
 - ``confidence``: one group; class layers ``Σ_c p_c(1−p_c)`` (undecided rows), other layers ``max_c p_c`` (rows with
   something in them).
 - ``balanced``: a group per class with weights ``p_c``; for the class layers of a detector also one for all rows, the
-  background.
+  background, which the accumulators know of without a column.
 
 For the second moment that means ``G = Σ_g (Σᵢ w_ig aᵢᵀaᵢ) / (Σᵢ w_ig)``; drawn rows are divided evenly among the
 groups.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from yolo_sos.core.gram import CHUNK, Gram, as_float64
 
@@ -45,38 +46,52 @@ def row_weights(weighting: str, kind: str, probabilities: Tensor) -> Tensor:
         undecided = kind in {"cls", "linear"}
         return (p * (1 - p)).sum(1, keepdim=True) if undecided else p.amax(1, keepdim=True)
     if weighting == "balanced":
-        # A classifier has no background: each of its rows belongs to a class.
-        return torch.cat([p, torch.ones_like(p[:, :1])], dim=1) if kind == "cls" else p
+        return p
     raise ValueError(f"weighting='{weighting}' is unknown. Choose one of {', '.join(WEIGHTINGS)}.")
 
 
-HELD = 1 << 25  # bytes of rows and weights that a GroupedGram keeps before it folds them: little beside a training step
+def has_background(weighting: str, kind: str) -> bool:
+    """Return whether all rows together are one more group. A classifier has none: each row belongs to a class."""
+    return weighting == "balanced" and kind == "cls"
+
+
+HELD = 1 << 26  # bytes of rows and weights that a GroupedGram keeps at most: little beside a training step
 
 
 class GroupedGram:
     """Second moment in which every group of rows counts the same, streaming.
 
     What a row weighs depends on the masses of its groups, which the last row completes. So rows are kept, as they are
-    and not copied, until ``gram`` is asked for: then each has one weight, and one product does for all groups. Once
-    they take more than ``HELD`` bytes, and more than a ``Gram`` per group would, they are folded into those: memory
-    does not grow with the number of rows.
+    and not copied, until ``gram`` is asked for: then each has one weight, and one product does for all groups.
+
+    Rows that take more than ``HELD`` bytes are thinned by priority sampling (Duffield, Lund & Thorup, *Priority
+    sampling for estimation of arbitrary subset sums*, J. ACM 54, 2007): of sizes xᵢ the rows with the largest
+    ``xᵢ/uᵢ``, u uniform, stay, and each counts ``max(1, τ/xᵢ)`` times, with τ the largest that went. The size of a row
+    is its part in the trace, by the masses so far. The masses stay exact, the moment is exact on average, and neither
+    memory nor the time per row grows with the number of rows. A single group needs no rows: its moment is a ``Gram``.
 
     Args:
         d (int): Length of a row.
+        generator (torch.Generator, optional): Source of all randomness, on the CPU; drawn from where rows are thinned.
+            None: one of its own, the same each time.
+        background (bool): Whether all rows are one more group, after those with weights.
 
     Attributes:
         rows (int): Rows seen.
-        groups (list[Gram]): One per group once rows have been folded.
+        threshold (float): τ; 0 as long as all rows are kept, and the moment exact.
     """
 
-    def __init__(self, d: int):
+    def __init__(self, d: int, generator: torch.Generator | None = None, *, background: bool = False):
         """Start at zero; the number of groups comes with the first rows."""
         self.d = d
+        self.background = background
         self.rows = 0
-        self.groups: list[Gram] = []
-        self._kept: list[tuple[Tensor, Tensor]] = []
-        self._bytes = 0
-        self._count: int | None = None  # of groups
+        self.threshold = 0.0
+        self.generator = generator or torch.Generator().manual_seed(0)
+        self._mass = torch.empty(0, dtype=torch.float64)  # of each group with weights
+        self._single = Gram(d)
+        self._new: list[tuple[Tensor, ...]] = []  # features, weights
+        self._kept: list[tuple[Tensor, ...]] = []  # features, weights, sizes, priorities; once there is a threshold
 
     def update(self, features: Tensor, weights: Tensor) -> None:
         """Add rows ``features`` ``(n, d)`` with ``weights`` ``(n, groups)``; do not write into either afterwards.
@@ -87,46 +102,73 @@ class GroupedGram:
         n, count = weights.shape
         if features.shape != (n, self.d):
             raise ValueError(f"features has shape {tuple(features.shape)}; expected ({n}, {self.d}).")
-        if count != (self._count or count):
-            raise ValueError(f"weights has {count} groups; there were {self._count} before.")
-        self._count = count
+        if count != (len(self._mass) or count):
+            raise ValueError(f"weights has {count} groups; there were {len(self._mass)} before.")
+        if features.device.type == "mps":  # it has no float64
+            features, weights = features.cpu(), weights.cpu()
         self.rows += n
-        self._kept.append((features, weights))
-        self._bytes += sum(x.numel() * x.element_size() for x in (features, weights))
-        if self._bytes > max(HELD, 8 * count * self.d**2):
-            self._fold()
+        if not len(self._mass):
+            self._mass = torch.zeros(count, dtype=torch.float64, device=weights.device)
+        for chunk in weights.split(CHUNK):  # not in float64 right away, for the sum would copy what is not
+            self._mass += chunk.sum(0, dtype=torch.promote_types(weights.dtype, torch.float32))
+        if self._alone:
+            self._single.update(features, weights[:, 0])
+            return
+        self._new.append((features, weights))
+        if self.threshold or _bytes(self._new) > HELD:
+            self._thin()
 
-    def _fold(self) -> None:
-        """Add the rows kept to the groups' own moments, and let them go."""
-        self.groups = self.groups or [Gram(self.d) for _ in range(self._count or 0)]
-        for features, weights in self._kept:
-            for i in range(0, len(features), CHUNK):
-                chunk = as_float64(features[i : i + CHUNK])  # once, not once per group
-                for gram, w in zip(self.groups, weights[i : i + CHUNK].T, strict=True):
-                    gram.update(chunk, w)
-        self._kept, self._bytes = [], 0
+    def _thin(self) -> None:
+        """Let rows go whose priority is not above the threshold, which rises where too many are left."""
+        for features, weights in self._new:
+            dtype = torch.promote_types(weights.dtype, torch.float32)  # half precision has no room for sums
+            # Times rows: masses grow with them, sizes should not.
+            share = (self.rows * self._share()).clamp(max=1e30).to(dtype)
+            size = (weights.to(dtype) @ share + self.background) * vector_norm(features, dim=1, dtype=dtype).square()
+            chance = 1.0 - torch.rand(len(size), generator=self.generator).to(size.device)  # never 0
+            # A row that is not a number stays for certain: the solver must see it.
+            priority = (size / chance).nan_to_num(nan=torch.inf, posinf=torch.inf)
+            self._kept.append((features, weights, size, priority))
+        self._new = []
+        priorities = [kept[-1] for kept in self._kept]
+        row = _bytes(self._kept) // sum(map(len, priorities))
+        priority = torch.cat(priorities)
+        stays = priority > self.threshold
+        if int(stays.sum()) * row > HELD:
+            ranked, index = priority.topk(HELD // row // 2 + 1)
+            self.threshold = float(ranked[-1])
+            stays = torch.zeros_like(stays).index_fill_(0, index[:-1], True)
+        masks = stays.split([len(p) for p in priorities])
+        self._kept = [
+            kept if mask.all() else tuple(x[mask] for x in kept) for kept, mask in zip(self._kept, masks, strict=True)
+        ]
+
+    @property
+    def _alone(self) -> bool:
+        return len(self._mass) == 1 and not self.background
+
+    def _share(self) -> Tensor:
+        """Return what a weight of 1 counts in each group, ``(groups,)``; groups without mass have no rows."""
+        return torch.where(self._mass > 0, 1 / self._mass, 0.0)
 
     @property
     def gram(self) -> Gram:
         """The sum of the groups' mean second moments; groups without mass add nothing."""
-        total = Gram(self.d)
-        if self.groups:
-            self._fold()
-            for group in self.groups:
-                total = total + group.mean()
-        elif self.rows:
-            chunks = [
-                (features[i : i + CHUNK], weights[i : i + CHUNK])
-                for features, weights in self._kept
-                for i in range(0, len(features), CHUNK)
-            ]
-            mass = torch.stack([as_float64(w).sum(0) for _, w in chunks]).sum(0)
-            share = torch.where(mass > 0, 1 / mass, 0.0)
-            for features, w in chunks:
-                total.update(features, as_float64(w) @ share)
-            total.mass = float((mass > 0).sum())
-        total.rows = self.rows
+        if self._alone:
+            return self._single.mean()
+        total, share = Gram(self.d), self._share()
+        for features, weights, *sizes in (*self._kept, *self._new):
+            for i in range(0, len(features), CHUNK):
+                part = as_float64(weights[i : i + CHUNK]) @ share + self.background / self.rows
+                if sizes:
+                    part *= (self.threshold / sizes[0][i : i + CHUNK].double()).nan_to_num(nan=1.0).clamp(min=1.0)
+                total.update(features[i : i + CHUNK], part)
+        total.mass, total.rows = float((self._mass > 0).sum()) + (self.background and self.rows > 0), self.rows
         return total
+
+
+def _bytes(kept: list[tuple[Tensor, ...]]) -> int:
+    return sum(x.numel() * x.element_size() for part in kept for x in part[:2])
 
 
 class RowSample:
@@ -141,14 +183,16 @@ class RowSample:
             group with fewer rows of positive weight gives what it has. A row can be drawn by more than one group; its
             span does not change by that.
         generator (torch.Generator): Source of all randomness, on the CPU.
+        background (bool): Whether all rows are one more group, after those with weights.
     """
 
-    def __init__(self, d: int, rows: int, generator: torch.Generator):
+    def __init__(self, d: int, rows: int, generator: torch.Generator, *, background: bool = False):
         """Start empty; the number of groups comes with the first rows."""
         if rows < 1:
             raise ValueError(f"rows={rows} must be at least 1.")
         self.d = d
         self.wanted = rows
+        self.background = background
         self.rows = 0
         self.generator = generator
         self._lot: list[int] = []  # the groups, in the order in which they get what does not divide
@@ -156,6 +200,8 @@ class RowSample:
 
     def update(self, features: Tensor, weights: Tensor) -> None:
         """Offer rows ``features`` ``(n, d)`` with ``weights`` ``(n, groups)``."""
+        if self.background:
+            weights = torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1)
         n, groups = weights.shape
         if not self._lot:
             self._lot = torch.randperm(groups, generator=self.generator).tolist()
