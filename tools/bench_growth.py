@@ -2,14 +2,15 @@
 # yolo-sos, AGPL-3.0
 """How the cost of a shift grows: with the size of the model, of the image, with classes and with the batch.
 
-    python tools/bench_growth.py                        # some minutes on two CPU cores
+    python tools/bench_growth.py                        # ten minutes on two CPU cores
     python tools/bench_growth.py --device=0 --imgsz=640
 
 One shift at the defaults and one training step, in turn, on random images with untrained models: neither the pixels nor
 the weights matter to the time. Each axis changes one thing and leaves the others at --imgsz, --classes and --batch. A
 shift is told in images: how many images' worth of training step (forward, backward, update) it costs. That does not
-depend on the data set. It is measured on few images and is proportional to them; what the default number of images
-(3 per class, if that is more) adds to training on N, for the two models that are shifted, is
+depend on the data set. It is measured on the default number of images (8, or 3 per class if that is more), but no more
+than 64, and is proportional to them; what the default number adds to training on N, for the two models that are
+shifted, is
 
     2 · images' worth / (N · epochs) · (images by default / images measured on)
 
@@ -40,6 +41,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 OBJECTS = 5  # per image
 N = 10_000  # training images that the shares are of
 EPOCHS = 100  # epochs of a run that shifts once
+MOST = 64  # images that are measured: memory is full by then, and what fills it is thinned
 
 
 def measure(model: str, imgsz: int, classes: int, batch: int, repeats: int, device: str) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def measure(model: str, imgsz: int, classes: int, batch: int, repeats: int, devi
 
     from yolo_sos.config import SOSConfig
     from yolo_sos.core import shift_layers
+    from yolo_sos.core.shift import HELD_OUT
     from yolo_sos.heads import HostTask, final_layers
     from yolo_sos.train.sampling import IMAGES, PER_CLASS
 
@@ -58,7 +61,9 @@ def measure(model: str, imgsz: int, classes: int, batch: int, repeats: int, devi
     net = DetectionModel(f"{model}.yaml", nc=classes, verbose=False).to(place)
     net.args = get_cfg()
     config = SOSConfig.from_dict({"sos": True})
-    images = config.sos_images or IMAGES
+    default = config.sos_images or max(IMAGES, PER_CLASS * classes)
+    images = min(default, MOST)
+    heldout = min(images // 2, HELD_OUT)
 
     def batches(count: int) -> list[dict[str, Any]]:
         sizes = [min(batch, count - i) for i in range(0, count, batch)]
@@ -72,7 +77,7 @@ def measure(model: str, imgsz: int, classes: int, batch: int, repeats: int, devi
             for size in sizes
         ]
 
-    (train,), fit, held = batches(batch), batches(images), batches(max(1, images // 2))
+    (train,), fit, held = batches(batch), batches(images), batches(heldout)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9)
     task, layers, peak = HostTask(net), final_layers(net), Peak(device)
 
@@ -105,10 +110,11 @@ def measure(model: str, imgsz: int, classes: int, batch: int, repeats: int, devi
                 seconds[name].append(time.perf_counter() - start)
                 peaks[name].append(peak.mb)
     phases = {p: median([r.milliseconds[p] for r in reports[1:]]) for p in reports[0].milliseconds}
-    one_pass = phases["forward"] * (images // 2) / (images + images // 2)  # of the held-out images
+    one_pass = phases["forward"] * heldout / (images + heldout)  # of the held-out images
     return {
         "images": images,
-        "default_images": config.sos_images or max(IMAGES, PER_CLASS * classes),
+        "heldout": heldout,
+        "default_images": default,
         "step_s": spread(seconds["step"]),
         "shift_s": spread(seconds["shift"]),
         "worth": [batch * b / a for a, b in zip(seconds["step"], seconds["shift"], strict=True)],
@@ -183,7 +189,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "step, ms",
         "shift, ms",
         "worth, images",
-        "default images",
+        "images",
+        "default",
         f"once in {EPOCHS} epochs",
         f"every {interval} epochs",
         "rows / forward",
@@ -199,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 told([1e3 * p["step_s"][k] for k in ("min", "median", "max")]),
                 told([1e3 * p["shift_s"][k] for k in ("min", "median", "max")]),
                 told(p["worth"]),
+                f"{p['images']} + {p['heldout']}",
                 p["default_images"],
                 *(
                     f"{2e2 * median(p['worth']) * p['default_images'] / p['images'] / (N * epochs):.2g} %"
@@ -212,14 +220,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             for value, p in points.items()
         ]
         parts.append(f"## {axis}\n\n" + table(head, rows) + f"\n\n![{axis}](growth-{axis}.png)")
-    images = next(iter(seen.values()))["images"]
     body = (
-        f"One shift of one model on {images} + {images // 2} images against a training step; medians (least–largest) "
-        f"of {args.repeats}. worth: images of training step that a shift costs. “once in {EPOCHS} epochs”, the "
-        f"default, and “every {interval} epochs”: what shifting both models, on the default number of images, adds to "
-        f"training on {N} images. "
-        "rows / forward: of the images fitted on; "
-        "guard / forward: of the held-out images. Unless it is the axis: "
+        f"One shift of one model against a training step; medians (least–largest) of {args.repeats}. worth: images of "
+        "training step that a shift costs. images: how many were fitted on and held out; default: how many are fitted "
+        f"on by default. “once in {EPOCHS} epochs”, the default, and “every {interval} epochs”: what shifting both "
+        f"models, on the default number of images, adds to training on {N} images. rows / forward: of the images fitted "
+        "on; guard / forward: of the held-out images. Unless it is the axis: "
         + ", ".join(f"{k}={v}" for k, v in base.items())
         + ".\n\n"
         + "\n\n".join(parts)

@@ -107,6 +107,22 @@ def test_one_product_per_layer_collects_all_groups(make, count):
     assert count.calls["update"] == layers * MODELS  # not times classes and background
 
 
+def test_rows_beyond_what_is_held_go_into_no_product(make, monkeypatch):
+    held, multiplied = 30_000, []
+    monkeypatch.setattr(weighting_module, "HELD", held)
+    update = weighting_module.Gram.update
+
+    def counted(self, features, weights=None):
+        multiplied.append(features.numel() * features.element_size())
+        return update(self, features, weights)
+
+    monkeypatch.setattr(weighting_module.Gram, "update", counted)
+    trainer = make(SOSDetectionTrainer, sos=True, sos_images=24, sos_guard=1.0)
+    trainer._shift()
+    layers = len(final_layers(trainer.ema.ema))
+    assert 0 < sum(multiplied) <= held * layers * MODELS
+
+
 def test_the_guard_stops_at_the_first_step_that_passes(make, count, monkeypatch):
     trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=0.0)
     monkeypatch.setattr(shift_module.HeldOut, "loss", lambda self, weights: 1.0)

@@ -66,6 +66,8 @@ def names(batches):
         (1000, 1, 1, 1),
         (2, 1, 1, 1),
         (1000, 7, 7, 3),
+        (1000, 300, 300, 32),
+        (330, 300, 220, 32),
     ],
 )
 def test_sizes(available, images, fit, held):
@@ -77,10 +79,10 @@ def test_sizes(available, images, fit, held):
 def test_both_sets_have_images_and_together_no_more_than_there_are(available, images):
     fit, held = split_sizes(available, images, guarded=True)
     assert 1 <= fit <= images
-    assert 1 <= held <= max(1, images // 2)
+    assert 1 <= held <= min(32, max(1, images // 2))
     assert fit + held <= available
     if available >= 2 * images:
-        assert (fit, held) == (images, max(1, images // 2))
+        assert (fit, held) == (images, min(32, max(1, images // 2)))
 
 
 def test_without_a_guard_every_image_may_be_fitted_on():

@@ -15,8 +15,7 @@ from ultralytics.utils import TQDM
 
 from yolo_sos.checkpoint.file import Checkpoint
 from yolo_sos.config import resolve_data
-
-HELD_OUT = 32  # images at most: the inputs of their final layers stay in memory, 6 to 25 MB each at 640 pixels
+from yolo_sos.core.shift import HELD_OUT
 
 
 class Images:

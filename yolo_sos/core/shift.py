@@ -30,6 +30,7 @@ from yolo_sos.core.weighting import WEIGHTINGS, GroupedGram, RowSample, has_back
 
 METHODS = ("principal", "expected", "budget", "full", "rows")
 STEPS = (1.0, 0.5, 0.25, 0.0)  # parts of the largest t of V + t(V* − V), in the order in which the guard tries them
+HELD_OUT = 32  # images at most: the inputs of their final layers stay in memory, 6 to 25 MB each at 640 pixels
 
 
 @dataclass(frozen=True)

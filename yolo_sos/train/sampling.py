@@ -18,13 +18,15 @@ import torch
 from ultralytics.utils import LOGGER, NUM_THREADS
 from ultralytics.utils.patches import override_configs
 
+from yolo_sos.core.shift import HELD_OUT
+
 
 def split_sizes(available: int, images: int, guarded: bool) -> tuple[int, int]:
     """Return how many images to fit on and how many others to hold out.
 
     Args:
         available (int): Images in the training set.
-        images (int): Images asked for to fit on; half as many more are held out.
+        images (int): Images asked for to fit on; half as many others are held out, at most ``HELD_OUT``.
         guarded (bool): Whether held-out images are needed at all.
 
     Returns:
@@ -41,7 +43,7 @@ def split_sizes(available: int, images: int, guarded: bool) -> tuple[int, int]:
             "Set sos_guard=none to shift without held-out images."
         )
     fit = min(images, max(1, 2 * available // 3))
-    return fit, min(max(1, images // 2), available - fit)
+    return fit, min(max(1, images // 2), HELD_OUT, available - fit)
 
 
 @contextmanager
