@@ -224,8 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"One shift of one model against a training step; medians (least–largest) of {args.repeats}. worth: images of "
         "training step that a shift costs. images: how many were fitted on and held out; default: how many are fitted "
         f"on by default. “once in {EPOCHS} epochs”, the default, and “every {interval} epochs”: what shifting both "
-        f"models, on the default number of images, adds to training on {N} images. rows / forward: of the images fitted "
-        "on; guard / forward: of the held-out images. Unless it is the axis: "
+        f"models, on the default number of images, adds to training on {N} images. rows / forward: of the images "
+        "fitted on; guard / forward: of the held-out images. Unless it is the axis: "
         + ", ".join(f"{k}={v}" for k, v in base.items())
         + ".\n\n"
         + "\n\n".join(parts)

@@ -55,7 +55,7 @@ def has_background(weighting: str, kind: str) -> bool:
     return weighting == "balanced" and kind == "cls"
 
 
-HELD = 1 << 26  # bytes of rows and weights that a GroupedGram keeps at most: little beside a training step
+HELD = 1 << 25  # bytes of rows and weights that a GroupedGram keeps at most: little beside a training step
 
 
 class GroupedGram:
