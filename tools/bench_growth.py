@@ -9,10 +9,10 @@ One shift at the defaults and one training step, in turn, on random images with 
 the weights matter to the time. Each axis changes one thing and leaves the others at --imgsz, --classes and --batch. A
 shift is told in images: how many images' worth of training step (forward, backward, update) it costs. That does not
 depend on the data set. It is measured on the default number of images (8, or 3 per class if that is more), but no more
-than 64, and is proportional to them; what the default number adds to training on N, for the two models that are
-shifted, is
+than 64: sampling, forward pass and rows of the images to fit on are proportional to them, the rest is not. What the
+default number adds to training on N, for the two models that are shifted, is
 
-    2 · images' worth / (N · epochs) · (images by default / images measured on)
+    2 · images' worth, scaled up so / (N · epochs)
 
 with one shift in 100 epochs, as by default, or one every sos_interval epochs.
 
@@ -110,11 +110,14 @@ def measure(model: str, imgsz: int, classes: int, batch: int, repeats: int, devi
                 seconds[name].append(time.perf_counter() - start)
                 peaks[name].append(peak.mb)
     phases = {p: median([r.milliseconds[p] for r in reports[1:]]) for p in reports[0].milliseconds}
+    total = sum(phases.values())
     one_pass = phases["forward"] * heldout / (images + heldout)  # of the held-out images
+    growing = phases["sample"] + phases["forward"] - one_pass + phases["rows"]
     return {
         "images": images,
         "heldout": heldout,
         "default_images": default,
+        "scaled_up": 1 + growing / total * (default / images - 1),
         "step_s": spread(seconds["step"]),
         "shift_s": spread(seconds["shift"]),
         "worth": [batch * b / a for a, b in zip(seconds["step"], seconds["shift"], strict=True)],
@@ -208,10 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 told(p["worth"]),
                 f"{p['images']} + {p['heldout']}",
                 p["default_images"],
-                *(
-                    f"{2e2 * median(p['worth']) * p['default_images'] / p['images'] / (N * epochs):.2g} %"
-                    for epochs in (EPOCHS, interval)
-                ),
+                *(f"{2e2 * median(p['worth']) * p['scaled_up'] / (N * epochs):.2g} %" for epochs in (EPOCHS, interval)),
                 f"{p['rows_of_forward']:.2f}",
                 f"{p['guard_of_forward']:.2f}",
                 f"{p['step_mb']:.0f}",

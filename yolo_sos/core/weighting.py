@@ -119,7 +119,7 @@ class GroupedGram:
             self._thin()
 
     def _thin(self) -> None:
-        """Let rows go whose priority is not above the threshold, which rises where too many are left."""
+        """Let new rows go whose priority is not above the threshold; where too many are left, raise it to keep half."""
         for features, weights in self._new:
             dtype = torch.promote_types(weights.dtype, torch.float32)  # half precision has no room for sums
             # Times rows: masses grow with them, sizes should not.
@@ -128,20 +128,22 @@ class GroupedGram:
             chance = 1.0 - torch.rand(len(size), generator=self.generator).to(size.device)  # never 0
             # A row that is not a number stays for certain: the solver must see it.
             priority = (size / chance).nan_to_num(nan=torch.inf, posinf=torch.inf)
-            self._kept.append((features, weights, size, priority))
+            stays, part = priority > self.threshold, (features, weights, size, priority)
+            self._kept.append(part if stays.all() else tuple(x[stays] for x in part))
         self._new = []
-        priorities = [kept[-1] for kept in self._kept]
-        row = _bytes(self._kept) // sum(map(len, priorities))
-        priority = torch.cat(priorities)
-        stays = priority > self.threshold
-        if int(stays.sum()) * row > HELD:
+        if _bytes(self._kept) > HELD:
+            priorities = [part[-1] for part in self._kept]
+            priority = torch.cat(priorities)
+            row = _bytes(self._kept) // len(priority)
             ranked, index = priority.topk(HELD // row // 2 + 1)
             self.threshold = float(ranked[-1])
-            stays = torch.zeros_like(stays).index_fill_(0, index[:-1], True)
-        masks = stays.split([len(p) for p in priorities])
-        self._kept = [
-            kept if mask.all() else tuple(x[mask] for x in kept) for kept, mask in zip(self._kept, masks, strict=True)
-        ]
+            stays = torch.zeros_like(priority, dtype=torch.bool).index_fill_(0, index[:-1], True)
+            masks = stays.split([len(p) for p in priorities])
+            self._kept = [tuple(x[mask] for x in part) for part, mask in zip(self._kept, masks, strict=True)]
+        # Many small parts would leave holes in memory between what batches take: like sizes become one.
+        while len(self._kept) > 1 and len(self._kept[-1][0]) >= len(self._kept[-2][0]):
+            last = self._kept.pop(), self._kept.pop()
+            self._kept.append(tuple(torch.cat(x) for x in zip(*last, strict=True)))
 
     @property
     def _alone(self) -> bool:
