@@ -167,7 +167,8 @@ def test_a_rank_below_the_number_of_classes_warns(overrides, monkeypatch, rank, 
     trainer = SOSClassificationTrainer(overrides=overrides(sos=True, sos_rank=rank))
     monkeypatch.setattr("yolo_sos.train.classify.LOGGER.warning", said.append)
     trainer._setup_train()
-    assert [f"sos_rank={rank} keeps" in line and "fewer than the 10 classes" in line for line in said] == [
+    ours = [line for line in said if "sos_rank" in line]  # the host's logger is one: it may warn of slow disks, too
+    assert [f"sos_rank={rank} keeps" in line and "fewer than the 10 classes" in line for line in ours] == [
         True
     ] * warned
 
