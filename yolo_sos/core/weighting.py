@@ -67,8 +67,9 @@ class GroupedGram:
     Rows that take more than ``HELD`` bytes are thinned by priority sampling (Duffield, Lund & Thorup, *Priority
     sampling for estimation of arbitrary subset sums*, J. ACM 54, 2007): of sizes xᵢ the rows with the largest
     ``xᵢ/uᵢ``, u uniform, stay, and each counts ``max(1, τ/xᵢ)`` times, with τ the largest that went. The size of a row
-    is its part in the trace, by the masses so far. The masses stay exact, the moment is exact on average, and neither
-    memory nor the time per row grows with the number of rows. A single group needs no rows: its moment is a ``Gram``.
+    is its part in the trace, by the masses so far. The masses are of all rows, the moment is right on average, and
+    neither memory nor the time per row grows with the number of rows. A single group needs no rows: its moment is a
+    ``Gram``.
 
     Args:
         d (int): Length of a row.
@@ -131,10 +132,10 @@ class GroupedGram:
             stays, part = priority > self.threshold, (features, weights, size, priority)
             self._kept.append(part if stays.all() else tuple(x[stays] for x in part))
         self._new = []
-        if _bytes(self._kept) > HELD:
+        if (held := _bytes(self._kept)) > HELD:
             priorities = [part[-1] for part in self._kept]
             priority = torch.cat(priorities)
-            row = _bytes(self._kept) // len(priority)
+            row = held // len(priority)
             ranked, index = priority.topk(HELD // row // 2 + 1)
             self.threshold = float(ranked[-1])
             stays = torch.zeros_like(priority, dtype=torch.bool).index_fill_(0, index[:-1], True)
