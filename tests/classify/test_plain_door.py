@@ -248,7 +248,9 @@ def test_labels_are_taken_where_there_are_any():
 
 
 @pytest.mark.parametrize(
-    "targets", [torch.rand(4, 3), torch.rand(4), torch.tensor([1, 2]), ["a", "b", "c", "d"], None], ids=str
+    "targets",
+    [torch.full((4, 3), 1 / 3), torch.linspace(0, 1, 4), torch.tensor([1, 2]), ["a", "b", "c", "d"], None],
+    ids=["soft", "regression", "too few", "words", "none"],
 )
 def test_without_labels_the_softmax_stands_in(targets):
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
