@@ -211,7 +211,7 @@ def replayed_loss(task, batch, output, inputs, layers, weights):
             layer.name: torch.func.functional_call(layer.module, {"weight": weights[layer.name]}, inputs[layer.name])
             for layer in layers
         }
-        return task.loss(task.replay(output, outputs), batch)
+        return task.loss(task.replay(task.rest(output), outputs), batch)
 
 
 def test_replay_of_the_same_weights_is_the_direct_loss_bit_for_bit(case):
@@ -244,6 +244,28 @@ def test_replay_of_other_weights_is_a_full_forward_with_those_weights(case):
             direct = task.loss(task.forward(other, batch), batch)
         torch.testing.assert_close(replayed, direct, rtol=1e-6, atol=0)
         assert not torch.isclose(direct, base, rtol=1e-4), f"the loss does not depend on the {kind} layers"
+
+
+def tensors(output):
+    """Yield the tensors of raw predictions."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif output is not None:
+        for value in output.values() if isinstance(output, dict) else output:
+            yield from tensors(value)
+
+
+def test_the_rest_of_an_output_holds_nothing_that_final_layers_make(case):
+    model, task, batch = case
+    layers = final_layers(model)
+    output, _ = forward(model, task, batch, layers)
+    other = deepcopy(model)
+    for layer in final_layers(other):
+        write_weight(layer.module, 2 * layer.module.weight.detach() + 1)
+    changed, _ = forward(other, task, batch, final_layers(other))
+    made, rest, same = (list(tensors(x)) for x in (output, task.rest(output), task.rest(changed)))
+    assert len(rest) == len(same) < len(made)
+    assert all(torch.equal(a, b) for a, b in zip(rest, same, strict=True))
 
 
 def first(output):
@@ -287,7 +309,7 @@ def test_of_a_fused_model_the_branch_that_is_left_is_found_and_replayed(end2end)
         output, inputs = model(images), capture.take()
         outputs = {layer.name: 2 * layer.module(inputs[layer.name]) for layer in layers}
         capture.clear()
-        replayed = task.replay(output[1], outputs)
+        replayed = task.replay(task.rest(output[1]), outputs)
     branch = "one2one" if end2end else "one2many"
     was, now = (raw.get(branch, raw) for raw in (output[1], replayed))
     assert torch.equal(now["scores"], 2 * was["scores"]) and torch.equal(now["boxes"], 2 * was["boxes"])

@@ -20,6 +20,7 @@ KIND_OF_BRANCH = {  # the keys of Detect.one2many and one2one
     "angle_head": "angle",
     # kpts_sigma_head (YOLO26 pose) runs in training mode only: a shift, which runs in eval mode, never sees its input.
 }
+PREDICTIONS = ("boxes", "scores", "mask_coefficient", "kpts", "angle")  # the keys of what these layers make
 
 
 def head_of(model: nn.Module) -> nn.Module:
@@ -117,14 +118,22 @@ class HostTask:
             return nn.functional.one_hot(batch["cls"].long().view(-1), logits.shape[1]).to(logits.dtype)
         return logits.sigmoid_()  # not into memory of its own, which takes longer than the sigmoid
 
-    def replay(self, output: Any, outputs: dict[str, Tensor]) -> Any:
+    def rest(self, output: Any) -> Any:
+        """Return the raw predictions without those that the final layers make."""
+        if isinstance(self.head, Classify):
+            return None
+        if "one2many" in output:
+            return {name: self.rest(branch) for name, branch in output.items()}
+        return {key: value for key, value in output.items() if key not in PREDICTIONS}
+
+    def replay(self, rest: Any, outputs: dict[str, Tensor]) -> Any:
         """Return the predictions that other outputs of the final layers make, by the head's own ``forward_head``."""
         if isinstance(self.head, Classify):
             return outputs[self._names[self.head.linear]]
         branches = _branches(self.head)
-        if "one2many" not in output:
-            return self._replay_branch(output, branches["one2many"], outputs)
-        return {name: self._replay_branch(output[name], branch, outputs) for name, branch in branches.items()}
+        if "one2many" not in rest:
+            return self._replay_branch(rest, branches["one2many"], outputs)
+        return {name: self._replay_branch(rest[name], branch, outputs) for name, branch in branches.items()}
 
     def decode(self, output: Any, raw: Any) -> Any:
         """Return what the model would have returned in eval mode, had its raw predictions been ``raw``.
@@ -142,13 +151,13 @@ class HostTask:
             decoded = head.postprocess(decoded.permute(0, 2, 1))
         return (decoded, *output[0][1:]) if isinstance(output[0], tuple) else decoded, raw
 
-    def _replay_branch(self, output: dict[str, Any], branch: dict[str, Any], outputs: dict[str, Tensor]) -> Any:
+    def _replay_branch(self, rest: dict[str, Any], branch: dict[str, Any], outputs: dict[str, Tensor]) -> Any:
         def stand_in(tower: nn.Module):
             result = outputs.get(self._names[_last(tower)])
             return lambda _: result  # in place of the tower: whatever comes in, this is what comes out
 
         stand_ins = {key: [stand_in(tower) for tower in towers or ()] for key, towers in branch.items()}  # fused: None
-        return {**output, **self.head.forward_head(output["feats"], **stand_ins)}
+        return {**rest, **self.head.forward_head(rest["feats"], **stand_ins)}
 
     def loss(self, output: Any, batch: dict[str, Any]) -> Tensor:
         """Return the training loss per image: the host's, without its factor of the batch size."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -105,6 +106,28 @@ def test_one_product_per_layer_collects_all_groups(make, count):
     trainer._shift()
     layers = len(final_layers(trainer.ema.ema))
     assert count.calls["update"] == layers * MODELS  # not times classes and background
+
+
+@pytest.mark.parametrize("method", ["principal", "rows"])
+def test_what_was_collected_is_let_go_before_images_are_held_out(make, monkeypatch, method):
+    collected, checks = [], []
+    accumulator, add = Method.accumulator, shift_module.HeldOut.add
+
+    def remembered(self, *args):
+        made = accumulator(self, *args)
+        collected.append(weakref.ref(made))
+        return made
+
+    def checked(self, *args):
+        checks.append([ref() for ref in collected])
+        add(self, *args)
+
+    monkeypatch.setattr(Method, "accumulator", remembered)
+    monkeypatch.setattr(shift_module.HeldOut, "add", checked)
+    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_method=method, sos_guard=1.0)
+    trainer._shift()
+    layers = len(final_layers(trainer.ema.ema))
+    assert checks == [[None] * layers, [None] * layers * MODELS]
 
 
 def test_rows_beyond_what_is_held_go_into_no_product(make, monkeypatch):

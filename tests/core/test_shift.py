@@ -92,8 +92,11 @@ class DetectorTask:
         assert layer.name == "cls"
         return logits.sigmoid()
 
-    def replay(self, output, outputs):
-        return {**output, **outputs}
+    def rest(self, output):
+        return {}
+
+    def replay(self, rest, outputs):
+        return {**rest, **outputs}
 
     def loss(self, output, batch):
         return (output["box"] - batch["box"]).square().mean() + cross_entropy(output["cls"], batch["label"])
@@ -309,8 +312,8 @@ def test_a_convolutional_classifier():
     """A 1×1 convolution behind a pooling is a final layer like another: one row per image."""
 
     class FlatTask(ClassifierTask):
-        def replay(self, output, outputs):
-            return super().replay(output, outputs).flatten(1)
+        def replay(self, rest, outputs):
+            return super().replay(rest, outputs).flatten(1)
 
     model = filled(
         nn.Sequential(
@@ -757,6 +760,7 @@ def broken_batches(number):
         "forward",
         "task.forward",
         "task.probabilities",
+        "task.rest",
         "task.replay",
         "task.loss",
         "task.size",

@@ -114,14 +114,18 @@ class ModelTask(ClassifierTask):
         """Return the output, and the inputs for a replay."""
         return model(batch[0]), batch[0]
 
-    def replay(self, output: tuple[Any, Any], outputs: dict[str, Tensor]) -> tuple[Any, Any]:
+    def rest(self, output: tuple[Any, Any]) -> Any:  # type: ignore[override]
+        """Return the inputs."""
+        return output[1]
+
+    def replay(self, rest: Any, outputs: dict[str, Tensor]) -> tuple[Any, Any]:  # type: ignore[override]
         """Run the model again, with other outputs of its final layers."""
         handles = []
         try:
             for layer in self.layers:
                 replaced = outputs[layer.name]
                 handles.append(layer.module.register_forward_hook(lambda *_, z=replaced: z))  # type: ignore[misc]
-            return self.model(output[1]), output[1]
+            return self.model(rest), rest
         finally:
             for handle in handles:
                 handle.remove()

@@ -286,16 +286,16 @@ class HeldOut:
         self.batches: list[tuple[Any, Any, dict[str, Tensor]]] = []
 
     def add(self, batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
-        """Keep a batch, its output and the inputs of the layers."""
-        self.batches.append((batch, output, inputs))
+        """Keep a batch, what the layers have no part in of its output, and their inputs."""
+        self.batches.append((batch, self.task.rest(output), inputs))
 
     def loss(self, weights: dict[str, Tensor]) -> float:
         """Return the mean loss per image with ``weights`` (layer name → ``(out, d)``); other layers keep theirs."""
         total, images = 0.0, 0
-        for batch, output, inputs in self.batches:
+        for batch, rest, inputs in self.batches:
             outputs = layer_outputs(self.layers, weights, inputs)
             size = self.task.size(batch)
-            total += size * float(self.task.loss(self.task.replay(output, outputs), batch))
+            total += size * float(self.task.loss(self.task.replay(rest, outputs), batch))
             images += size
         return total / images if images else float("nan")
 
@@ -363,13 +363,15 @@ def shift_layers(
             watch.lap("rows")
         if not any(collector.rows(layer) for layer in shifted):
             raise ValueError("There is nothing to fit on: no batch had a row.")
+        results = {layer.name: collector.solve(layer, method, seed) for layer in shifted}
+        rows = {layer.name: collector.rows(layer) for layer in shifted}
+        del collector, inputs  # before others take their place in memory
+        watch.lap("solve")
         for batch in heldout if guard is not None else ():
             watch.lap("sample")
             output = task.forward(model, batch)
             kept.add(batch, output, capture.take())
             watch.lap("forward")
-        results = {layer.name: collector.solve(layer, method, seed) for layer in shifted}
-        watch.lap("solve")
         if guard is not None and not kept.batches:
             raise ValueError("The guard needs held-out batches; pass some, or guard=None.")
         t, before, after = guarded_step(shifted, results, kept, guard, step)
@@ -381,7 +383,7 @@ def shift_layers(
             [(x, mapped(x, results[name], t)) for name, tensors in (along or {}).items() for x in tensors],
         )
     watch.lap("write")
-    records = tuple(_record(layer, collector.rows(layer), results[layer.name], t) for layer in shifted)
+    records = tuple(_record(layer, rows[layer.name], results[layer.name], t) for layer in shifted)
     return ShiftReport(records, before, after, t, watch.milliseconds)
 
 

@@ -24,8 +24,11 @@ class Task(Protocol):
         It may write over those.
         """
 
-    def replay(self, output: Any, outputs: dict[str, Tensor]) -> Any:
-        """Return ``output`` as it would be if the final layers had returned ``outputs`` (layer name → Tensor)."""
+    def rest(self, output: Any) -> Any:
+        """Return what ``replay`` needs of an output: what the final layers have no part in."""
+
+    def replay(self, rest: Any, outputs: dict[str, Tensor]) -> Any:
+        """Return the output of which this is the rest, if the final layers return ``outputs`` (name → Tensor)."""
 
     def loss(self, output: Any, batch: Any) -> Tensor:
         """Return the task loss of an output, a scalar: the mean over the batch's images."""
@@ -62,7 +65,10 @@ class ClassifierTask:
         classes = torch.arange(c, device=labels.device)
         return (labels.reshape(-1, 1) == classes).to(logits)
 
-    def replay(self, output: Tensor, outputs: dict[str, Tensor]) -> Tensor:
+    def rest(self, output: Tensor) -> None:
+        """Return nothing."""
+
+    def replay(self, rest: Any, outputs: dict[str, Tensor]) -> Tensor:
         """Return the final layer's output, which is the model's."""
         (only,) = outputs.values()
         return only
