@@ -2,15 +2,15 @@
 # yolo-sos, AGPL-3.0
 """How the cost of a shift grows: with the size of the model, of the image, with classes and with the batch.
 
-    python tools/bench_growth.py                        # ten minutes on two CPU cores
-    python tools/bench_growth.py --device=0 --imgsz=640
+    python tools/bench_growth.py                        # four minutes on two CPU cores
+    python tools/bench_growth.py --device=0 --imgsz=640 --name=growth-gpu
 
-One shift at the defaults and one training step, in turn, on random images with untrained models: neither the pixels nor
-the weights matter to the time. Each axis changes one thing and leaves the others at --imgsz, --classes and --batch. A
-shift is told in images: how many images' worth of training step (forward, backward, update) it costs. That does not
-depend on the data set. It is measured on the default number of images (8, or 3 per class if that is more), but no more
-than 64: sampling, forward pass and rows of the images to fit on are proportional to them, the rest is not. What the
-default number adds to training on N, for the two models that are shifted, is
+One shift at the defaults and one training step (on a GPU in mixed precision), in turn, on random images with untrained
+models: neither the pixels nor the weights matter to the time. Each axis changes one thing and leaves the others at
+--imgsz, --classes and --batch. A shift is told in images: how many images' worth of training step (forward, backward,
+update) it costs. That does not depend on the data set. It is measured on the default number of images (8, or 3 per
+class if that is more), but no more than 64: sampling, forward pass and rows of the images to fit on are proportional to
+them, the rest is not. What the default number adds to training on N, for the two models that are shifted, is
 
     2 · images' worth, scaled up so / (N · epochs)
 
@@ -84,7 +84,9 @@ def measure(model: str, imgsz: int, classes: int, batch: int, repeats: int, devi
     def step() -> None:
         net.train()
         optimizer.zero_grad()
-        net(train)[0].sum().backward()
+        with torch.autocast("cuda", enabled=peak.cuda):  # as the host trains on a GPU
+            loss = net(train)[0].sum()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
         optimizer.step()
 
@@ -129,8 +131,8 @@ def measure(model: str, imgsz: int, classes: int, batch: int, repeats: int, devi
     }
 
 
-def figure(axis: str, points: dict[str, dict[str, Any]]) -> None:
-    """Draw one axis: images' worth with its spread, and its phases as bars."""
+def figure(name: str, axis: str, points: dict[str, dict[str, Any]]) -> None:
+    """Draw one axis into NAME-AXIS.png: images' worth with its spread, and its phases as bars."""
     from matplotlib.figure import Figure
 
     from yolo_sos.files import atomic_path
@@ -148,7 +150,7 @@ def figure(axis: str, points: dict[str, dict[str, Any]]) -> None:
     ax.errorbar(list(points), middle, yerr=[low, high], fmt="k.", capsize=3, label="median, least, largest")
     ax.set(xlabel=axis, ylabel="one shift of one model,\nin training images", ylim=(0, None))
     ax.legend(fontsize="small")
-    with atomic_path(BENCH / f"growth-{axis}.png") as path:
+    with atomic_path(BENCH / f"{name}-{axis}.png") as path:
         fig.savefig(path, dpi=120)
 
 
@@ -162,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="(%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, or the number of a GPU (%(default)s)")
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES, help="(all)")
-    parser.add_argument("--name", default="growth", help="of the record in results/bench (%(default)s)")
+    parser.add_argument("--name", default="growth", help="of the files in results/bench (%(default)s)")
     parser.add_argument("--point", help=argparse.SUPPRESS)  # a worker
     args = parser.parse_args(argv)
     if args.point:
@@ -182,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 seen[point] = json.loads(out.splitlines()[-1])
             data[axis][str(value)] = seen[point]
             print(axis, value, told(seen[point]["worth"]), flush=True)
-        figure(axis, data[axis])
+        figure(args.name, axis, data[axis])
 
     from yolo_sos.config import SOSConfig
 
@@ -219,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ]
             for value, p in points.items()
         ]
-        parts.append(f"## {axis}\n\n" + table(head, rows) + f"\n\n![{axis}](growth-{axis}.png)")
+        parts.append(f"## {axis}\n\n" + table(head, rows) + f"\n\n![{axis}]({args.name}-{axis}.png)")
     body = (
         f"One shift of one model against a training step; medians (least–largest) of {args.repeats}. worth: images of "
         "training step that a shift costs. images: how many were fitted on and held out; default: how many are fitted "

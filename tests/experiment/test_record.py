@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import PackageNotFoundError
 
+import cv2
 import pytest
 
-from yolo_sos.experiment.record import KEYS, difference, git_commit, read_record, wall_time, write_record
+from yolo_sos.experiment import record as record_module
+from yolo_sos.experiment.record import KEYS, difference, git_commit, read_record, versions, wall_time, write_record
 
 RECORD = {key: None for key in KEYS}
 
@@ -52,6 +55,17 @@ def test_wall_time_counts_every_stretch(tmp_path):
     csv = tmp_path / "results.csv"
     csv.write_text("epoch,  time,loss\n1, 10,3\n2, 20,2\n3, 8,1\n4, 16,1\n5, 24,1\n")
     assert wall_time(csv) == 20 + 24
+
+
+def test_versions_do_not_ask_which_distribution_opencv_is_of(monkeypatch):
+    def version(name):
+        if "opencv" in name:  # opencv-python-headless, or conda's
+            raise PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(record_module, "version", version)
+    found = versions()
+    assert found["opencv"] == cv2.__version__ and found["torch"] == "1.2.3"
 
 
 def test_the_commit_is_that_of_this_checkout():

@@ -12,11 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import cv2
+
 from yolo_sos import __version__
 from yolo_sos.config import RECIPE, SOSConfig
 from yolo_sos.files import finite, read_json, write_text
 
-PACKAGES = ("ultralytics", "torch", "torchvision", "numpy", "opencv-python")
+PACKAGES = ("ultralytics", "torch", "torchvision", "numpy")
 KEYS = (
     *("experiment", "arm", "seed", "metrics", "config", "differences", "versions", "git_commit", "device"),
     "wall_time",
@@ -69,7 +71,9 @@ def difference(one: dict[str, Any], other: dict[str, Any], besides: tuple[str, .
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    return {"yolo-sos": __version__, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    ours = {"yolo-sos": __version__, "python": platform.python_version()}
+    # Any of OpenCV's distributions will do, the one without windows too: ask the module.
+    return {**ours, **{name: version(name) for name in PACKAGES}, "opencv": cv2.__version__}
 
 
 def git_commit() -> str | None:
