@@ -31,7 +31,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ from yolo_sos.core.layers import input_rows, output_rows, weight_matrix, write_w
 from yolo_sos.core.shift import evaluation, layer_outputs
 from yolo_sos.files import write_text
 from yolo_sos.heads import HostTask, final_layers
+from yolo_sos.markdown import markdown_table, mean_std
 
 RANKS = (0.125, 0.25, 0.5, 0.75)  # of principal; its norms are those that all filters are set to
 CURVED = (0.25, 0.5)  # those at which curvature is measured
@@ -472,24 +473,21 @@ def as_pair(estimate: Estimate) -> list[float]:
 
 def tables(records: Sequence[dict[str, Any]]) -> str:
     """Return two Markdown tables: mean ± std over the choices of images."""
-    lines = [
-        "| weighting | filter | at the norm of principal | norm² left | deviation | held-out loss | val mAP50-95 |",
-        "| --- " * 2 + "| ---: " * 5 + "|",
-    ]
+    measured = ("norm² left", "deviation", "held-out loss", "val mAP50-95")
+    filters = [["weighting", "filter", "at the norm of principal", *measured]]
     base = [r["points"][0] for r in records]
-    lines.append(f"| | none | | 1 | 0 | {spread([p['loss'] for p in base], '.4f')} | {base[0]['map']:.4f} |")
+    filters.append(["", "none", "", "1", "0", mean_std([p["loss"] for p in base], ".4f"), f"{base[0]['map']:.4f}"])
     for points in by_point(records):
         changes = {k: [p[k] - b[k] for p, b in zip(points, base, strict=False)] for k in ("loss", "map")}  # paired
-        lines.append(
-            f"| {points[0]['weighting']} | {points[0]['filter']} | {points[0]['rank']} | "
-            f"{spread([p['norm_ratio'] for p in points], '.3f')} | {spread([p['deviation'] for p in points], '.3f')} | "
-            f"{spread(changes['loss'], '+.4f')} | {spread(changes['map'], '+.4f')} |"
+        filters.append(
+            [
+                *(points[0]["weighting"], points[0]["filter"], str(points[0]["rank"])),
+                *(mean_std([p[key] for p in points], ".3f") for key in ("norm_ratio", "deviation")),
+                *(mean_std(changes[key], "+.4f") for key in ("loss", "map")),
+            ]
         )
-    lines += [
-        "",
-        "| seed | weighting | filter | at | tr VMVᵀ | Gauss-Newton trace, change | Hessian trace, change | Σ∂²L/∂z² |",
-        "| --- " * 3 + "| ---: " * 5 + "|",
-    ]
+    changed = ("tr VMVᵀ", "Gauss-Newton trace, change", "Hessian trace, change", "Σ∂²L/∂z²")
+    curvature = [["seed", "weighting", "filter", "at", *changed]]
     for record in [r for r in records if "curvature" in r]:
         whole = record["curvature"][0]
         size = {(p["weighting"], p["filter"], p["rank"]): p.get("tr_vmv_curvature", 1.0) for p in record["points"]}
@@ -499,11 +497,13 @@ def tables(records: Sequence[dict[str, Any]]) -> str:
             )
             bent = row["output_curvature"] / whole["output_curvature"]
             ratio = size[row["weighting"], row["filter"], row["rank"]]
-            lines.append(
-                f"| {record['seed']} | {row['weighting']} | {row['filter']} | {row['rank']} | {ratio:.3f} | "
-                f"{gn[0]:+.2f} ± {gn[1]:.2f} % | {hessian[0]:+.1f} ± {hessian[1]:.1f} % | {bent:.3f} |"
+            curvature.append(
+                [
+                    *(str(record["seed"]), row["weighting"], row["filter"], str(row["rank"]), f"{ratio:.3f}"),
+                    *(f"{gn[0]:+.2f} ± {gn[1]:.2f} %", f"{hessian[0]:+.1f} ± {hessian[1]:.1f} %", f"{bent:.3f}"),
+                ]
             )
-    return "\n".join(lines)
+    return f"{markdown_table(filters, texts=2)}\n{markdown_table(curvature, texts=3)}".rstrip()
 
 
 def by_point(records: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -513,12 +513,6 @@ def by_point(records: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         for point in record["points"][1:]:
             found.setdefault((point["weighting"], point["filter"], point["rank"]), []).append(point)
     return list(found.values())
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Return a mean, with the standard deviation if there are several values."""
-    text = f"{mean(values):{form}}"
-    return text if len(values) == 1 else f"{text} ± {stdev(values):{form.lstrip('+')}}"
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ from yolo_sos.core import Method, last_linear, row_weights, shift_model
 from yolo_sos.data.fashion import load
 from yolo_sos.data.image_folder import draw_split
 from yolo_sos.files import atomic_path, write_text
+from yolo_sos.markdown import markdown_table
 
 C = 10
 MEAN, STD = 0.2860, 0.3530  # of Fashion-MNIST's training pixels, 0 to 1
@@ -385,9 +386,8 @@ def table(lines: Lines, name: Callable[[dict[str, Any]], str], columns: dict[str
     for line in lines:
         groups.setdefault(name(line), []).append(line)
     before = {line["seed"]: line for line in next(iter(groups.values()))}
-    rows = ["| | " + " | ".join(columns) + " |", "|" + " --- |" * (1 + len(columns))]
-    rows += [f"| {n} | " + " | ".join(f(group, before) for f in columns.values()) + " |" for n, group in groups.items()]
-    return "\n".join(rows)
+    rows = [[n, *(f(group, before) for f in columns.values())] for n, group in groups.items()]
+    return markdown_table([["", *columns], *rows]).rstrip()
 
 
 def shift_name(line: dict[str, Any]) -> str:

@@ -62,6 +62,7 @@ from yolo_sos.experiment.statistics import least_p
 from yolo_sos.experiment.table import BASELINE, Record, ResultTable, Row
 from yolo_sos.files import finite, write_text
 from yolo_sos.heads import final_layers
+from yolo_sos.markdown import markdown_table
 
 METRIC = "metrics/mAP50-95(B)"
 BITS = (8, 6, 4)
@@ -331,22 +332,19 @@ def markdown(table: Sequence[Row]) -> str:
     for row in table:
         by_name.setdefault(row.metric, {})[row.arm] = row
     maps = [name for name in by_name if name not in CALIBRATION and not name.endswith(", change")]
-    lines = [
-        *(
-            "## mAP50-95\n",
-            "| condition | arm | mean ± std | Δ [95% CI] | p | Δ of the change from clean [95% CI] | p |",
-        ),
-        "| --- | --- |" + " ---: |" * 5,
-    ]
+    compared = ("mean ± std", "Δ [95% CI]", "p")
+    lines = [["condition", "arm", *compared, "Δ of the change from clean [95% CI]", "p"]]
     for name in maps:
         for arm, row in by_name[name].items():
             change = _compared(by_name[f"{name}, change"][arm]) if name != "clean" else ("", "")
-            lines.append(f"| {' | '.join((name, arm, _mean(row), *_compared(row), *change))} |")
-    lines += ["\n## Calibration of detections\n", "| figure | arm | mean ± std | Δ [95% CI] | p |"]
-    lines += ["| --- | --- |" + " ---: |" * 3]
+            lines.append([name, arm, _mean(row), *_compared(row), *change])
+    calibration = [["figure", "arm", *compared]]
     for name in CALIBRATION:
-        lines += [f"| {' | '.join((name, arm, _mean(row), *_compared(row)))} |" for arm, row in by_name[name].items()]
-    return "\n".join(lines)
+        calibration += [[name, arm, _mean(row), *_compared(row)] for arm, row in by_name[name].items()]
+    return (
+        f"## mAP50-95\n\n{markdown_table(lines, texts=2)}\n"
+        f"## Calibration of detections\n\n{markdown_table(calibration, texts=2)}".rstrip()
+    )
 
 
 def _mean(row: Row) -> str:

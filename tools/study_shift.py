@@ -20,7 +20,6 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
 
 from yolo_sos import __version__
 from yolo_sos.checkpoint import Point, Workbench
@@ -29,6 +28,7 @@ from yolo_sos.checkpoint.score import headline
 from yolo_sos.checkpoint.sweep import cost, trace, trials_of
 from yolo_sos.config import KINDS, WEIGHTINGS
 from yolo_sos.files import write_text
+from yolo_sos.markdown import markdown_table, mean_std
 
 RANKS = (0.125, 0.25, 0.375, 0.5, 0.75)  # fractions of d; at 1.0 every method but the budget is `full`
 SPLITS = ("val", "test")
@@ -49,33 +49,26 @@ def markdown(points: Sequence[Point]) -> str:
     """Return a table: a line per method, setting and weighting; the metrics' change against the baseline."""
     baseline, *rest = points
     names = {split: headline(metrics) for split, metrics in baseline.metrics.items()}
+    measured = ("norm ratio", "deviation, held-out", "held-out loss")
     lines = [
-        "| method | setting | weighting | norm ratio | deviation, held-out | held-out loss | "
-        + " | ".join(f"{split} {name.removeprefix('metrics/')}" for split, name in names.items())
-        + " |",
-        "| --- " * 3 + "| ---: " * (3 + len(names)) + "|",
-        "| baseline | | | 1 | 0 | "
-        + " | ".join([f"{baseline.heldout_loss:.4f}", *(f"{baseline.metrics[s][n]:.4f}" for s, n in names.items())])
-        + " |",
+        ["method", "setting", "weighting", *measured, *(f"{s} {n.removeprefix('metrics/')}" for s, n in names.items())],
+        [
+            *("baseline", "", "", "1", "0", f"{baseline.heldout_loss:.4f}"),
+            *(f"{baseline.metrics[s][n]:.4f}" for s, n in names.items()),
+        ],
     ]
     groups: dict[tuple[str, str, str], list[Point]] = {}
     for p in rest:
         groups.setdefault((p.method, "" if p.method == "full" else f"{p.setting:g}", p.weighting), []).append(p)
     for key, group in groups.items():
         cells = [
-            spread([p.norm_ratio for p in group], ".3f"),
-            spread([p.deviation_heldout for p in group], ".3f"),
-            spread([p.heldout_loss for p in group], ".3f"),
-            *(spread([p.metrics[s][n] - baseline.metrics[s][n] for p in group], "+.4f") for s, n in names.items()),
+            mean_std([p.norm_ratio for p in group], ".3f"),
+            mean_std([p.deviation_heldout for p in group], ".3f"),
+            mean_std([p.heldout_loss for p in group], ".3f"),
+            *(mean_std([p.metrics[s][n] - baseline.metrics[s][n] for p in group], "+.4f") for s, n in names.items()),
         ]
-        lines.append("| " + " | ".join((*key, *cells)) + " |")
-    return "\n".join(lines)
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Return a mean, with the standard deviation if there are several values."""
-    text = f"{mean(values):{form}}"
-    return text if len(values) == 1 else f"{text} ± {stdev(values):{form.lstrip('+')}}"
+        lines.append([*key, *cells])
+    return markdown_table(lines, texts=3).rstrip()
 
 
 def main() -> None:

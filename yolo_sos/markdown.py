@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mean, stdev
 
 
 def markdown_table(lines: Sequence[Sequence[str]], *, texts: int = 1) -> str:
@@ -23,3 +24,9 @@ def markdown_table(lines: Sequence[Sequence[str]], *, texts: int = 1) -> str:
         return [c.ljust(w) if k < texts else c.rjust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True))]
 
     return "".join(f"| {' | '.join(padded(line))} |\n" for line in (lines[0], rule, *lines[1:]))
+
+
+def mean_std(values: Sequence[float], form: str) -> str:
+    """Return a mean, with the sample standard deviation if there are several values, both in a format as ``+.4f``."""
+    text = f"{mean(values):{form}}"
+    return text if len(values) == 1 else f"{text} ± {stdev(values):{form.lstrip('+')}}"
