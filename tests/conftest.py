@@ -56,6 +56,23 @@ def pytest_unconfigure():
     shutil.rmtree(HOME, ignore_errors=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def activation():
+    """The activation of convolutions whose model's YAML asks for none."""
+    from ultralytics.nn.modules import Conv
+
+    return Conv.default_act
+
+
+@pytest.fixture(autouse=True)
+def default_activation(activation):
+    """Older releases of the host leave what one model's YAML asks for to all later models: ReLU, after a YOLOv6."""
+    from ultralytics.nn.modules import Conv
+
+    yield
+    Conv.default_act = activation
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
     """The data YAML of 24 + 8 + 8 images of 64 x 64 pixels."""

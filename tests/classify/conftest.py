@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ultralytics.nn.modules import Conv
 
 TINY = """\
 # 65 000 parameters: an epoch of 60 images takes no time
@@ -18,14 +17,6 @@ backbone:
 head:
   - [-1, 1, Classify, [nc]]
 """
-
-
-@pytest.fixture(autouse=True)
-def default_activation():
-    """Older releases of the host leave the activation that one model's YAML asks for to all later models."""
-    kept = Conv.default_act
-    yield
-    Conv.default_act = kept
 
 
 @pytest.fixture(scope="session")
