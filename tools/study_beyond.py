@@ -401,7 +401,7 @@ def study(args: argparse.Namespace, seed: int, curved: bool) -> dict[str, Any]:
             "filter": "none",
             "rank": 1.0,
             "norm_ratio": 1.0,
-            "loss": bench.loss({}),
+            "loss": bench.heldout.before,
             "map": scores[0][key],
         }
     ]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 
@@ -81,7 +82,7 @@ def test_a_shift_reads_each_image_once_and_runs_each_model_once_over_it(make, co
     assert count.calls["get_image_and_label"] == IMAGES + HELD  # no mosaic: each takes one image
     assert sorted(seen.values()) == [IMAGES + HELD] * MODELS
     assert count.calls["principal_shift"] == count.calls["solve"] == layers * MODELS
-    assert count.calls["loss"] == 2 * MODELS  # before, and after the full step
+    assert count.calls["loss"] == MODELS  # after the full step; the loss before it is that of the forward pass
 
 
 def test_a_pass_captures_the_inputs_of_the_final_layers_and_nothing_else(make):
@@ -148,15 +149,13 @@ def test_rows_beyond_what_is_held_go_into_no_product(make, monkeypatch):
 
 def test_the_guard_stops_at_the_first_step_that_passes(make, count, monkeypatch):
     trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=0.0)
-    monkeypatch.setattr(shift_module.HeldOut, "loss", lambda self, weights: 1.0)
-    count(shift_module.HeldOut, "loss")
-    trainer._shift()
-    assert count.calls["loss"] == 2 * MODELS
-    losses = iter([1.0, 9.0, 9.0, 9.0, 1.0] * MODELS)  # before, and t = 1, ½, ¼, 0
-    monkeypatch.setattr(shift_module.HeldOut, "loss", lambda self, weights: next(losses))
-    count(shift_module.HeldOut, "loss")
-    trainer._shift()
-    assert count.calls["loss"] == (2 + 5) * MODELS  # no more than that, however bad
+    for loss, tried in ((0.0, 1), (math.inf, 3)):  # t = 1; t = 1, ½, ¼, and no more than that, however bad
+        monkeypatch.setattr(shift_module.HeldOut, "loss", lambda self, weights, loss=loss: loss)
+        count.calls.clear()
+        count(shift_module.HeldOut, "loss")
+        reports = trainer._shift()
+        assert count.calls["loss"] == tried * MODELS
+        assert {report.step for report in reports.values()} == {1.0 if tried == 1 else 0.0}
 
 
 def test_sos_scans_no_data_set_again_and_makes_no_second_loader(make, count):

@@ -88,7 +88,7 @@ def trace(
     weights = [bench.weights(c) for c in candidates]
     figures = [_figures(bench, c) for c in TQDM(candidates, desc="held-out loss", unit="point")]
     baseline = {"norm_ratio": 1.0, "mean_rank": math.nan, "deviation_fit": 0.0, "deviation_heldout": 0.0}
-    figures.insert(0, baseline | {"heldout_loss": bench.loss({})})
+    figures.insert(0, baseline | {"heldout_loss": bench.heldout.before})
     seconds["algebra"] = time.perf_counter() - start
     metrics: list[dict[str, dict[str, float]]] = [{} for _ in figures]
     for split in splits:

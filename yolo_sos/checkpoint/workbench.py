@@ -131,8 +131,10 @@ class Workbench:
             for batch in self.images.batches("heldout"):
                 self.watch.lap("sample")
                 output = self.task.forward(self.model, batch)
-                self.heldout.add(batch, output, capture.take())
+                inputs = capture.take()
                 self.watch.lap("forward")
+                self.heldout.add(batch, output, inputs)
+                self.watch.lap("guard")
             for layer in self.shifted:
                 for _, _, inputs in self.heldout.batches:
                     self._moments[layer.name].update(input_rows(layer.module, inputs[layer.name]))
@@ -165,7 +167,7 @@ class Workbench:
             if guard is not None:
                 return guarded_step(self.shifted, candidate.results, self.heldout, guard)
             step = float(candidate.solved)
-            return step, self.heldout.loss({}), self.heldout.loss(self.weights(candidate, step))
+            return step, self.heldout.before, self.heldout.loss(self.weights(candidate, step))
 
     def deviations(self, weights: dict[str, Tensor]) -> dict[str, float]:
         """Return ``‖A(V*−V)ᵀ‖_F / ‖AVᵀ‖_F`` of each layer on all rows of the held-out images."""

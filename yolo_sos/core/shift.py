@@ -29,7 +29,7 @@ from yolo_sos.core.task import Task
 from yolo_sos.core.weighting import WEIGHTINGS, GroupedGram, RowSample, has_background, row_weights
 
 METHODS = ("principal", "expected", "budget", "full", "rows")
-STEPS = (1.0, 0.5, 0.25, 0.0)  # parts of the largest t of V + t(V* − V), in the order in which the guard tries them
+STEPS = (1.0, 0.5, 0.25)  # parts of the largest t of V + t(V* − V), in the order in which the guard tries them; else 0
 HELD_OUT = 32  # images at most: the inputs of their final layers stay in memory, 6 to 25 MB each at 640 pixels
 
 
@@ -276,7 +276,8 @@ class Collector:
 class HeldOut:
     """The task loss on held-out batches as a function of the final layers' weights alone.
 
-    Each batch runs through the model once; after that only the final layers are evaluated, on their captured inputs.
+    Each batch runs through the model once, which tells the loss as it is; after that only the final layers are
+    evaluated, on their captured inputs.
     """
 
     def __init__(self, task: Task, layers: Sequence[FinalLayer]):
@@ -284,20 +285,28 @@ class HeldOut:
         self.task = task
         self.layers = layers
         self.batches: list[tuple[Any, Any, dict[str, Tensor]]] = []
+        self._images = 0
+        self._total = 0.0  # of the losses of the images
 
     def add(self, batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
-        """Keep a batch, what the layers have no part in of its output, and their inputs."""
+        """Keep a batch, its loss, what the layers have no part in of its output, and their inputs."""
+        size = self.task.size(batch)
+        self._images += size
+        self._total += size * float(self.task.loss(output, batch))
         self.batches.append((batch, self.task.rest(output), inputs))
+
+    @property
+    def before(self) -> float:
+        """The mean loss per image of the model as it ran; nan without images."""
+        return self._total / self._images if self._images else float("nan")
 
     def loss(self, weights: dict[str, Tensor]) -> float:
         """Return the mean loss per image with ``weights`` (layer name → ``(out, d)``); other layers keep theirs."""
-        total, images = 0.0, 0
+        total = 0.0
         for batch, rest, inputs in self.batches:
             outputs = layer_outputs(self.layers, weights, inputs)
-            size = self.task.size(batch)
-            total += size * float(self.task.loss(self.task.replay(rest, outputs), batch))
-            images += size
-        return total / images if images else float("nan")
+            total += self.task.size(batch) * float(self.task.loss(self.task.replay(rest, outputs), batch))
+        return total / self._images if self._images else float("nan")
 
 
 def shift_layers(
@@ -370,8 +379,10 @@ def shift_layers(
         for batch in heldout if guard is not None else ():
             watch.lap("sample")
             output = task.forward(model, batch)
-            kept.add(batch, output, capture.take())
+            inputs = capture.take()
             watch.lap("forward")
+            kept.add(batch, output, inputs)
+            watch.lap("guard")
         if guard is not None and not kept.batches:
             raise ValueError("The guard needs held-out batches; pass some, or guard=None.")
         t, before, after = guarded_step(shifted, results, kept, guard, step)
@@ -398,7 +409,7 @@ def guarded_step(
     failed = any(result.status != OK for result in results.values())
     if guard is None:
         return (0.0 if failed else largest), float("nan"), float("nan")
-    before = heldout.loss({})
+    before = heldout.before
     if failed or not math.isfinite(before):
         return 0.0, before, before
     for step in (part * largest for part in STEPS):
