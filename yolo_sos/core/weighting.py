@@ -16,6 +16,8 @@ groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -130,21 +132,22 @@ class GroupedGram:
             # A row that is not a number stays for certain: the solver must see it.
             priority = (size / chance).nan_to_num(nan=torch.inf, posinf=torch.inf)
             stays, part = priority > self.threshold, (features, weights, size, priority)
-            self._kept.append(part if stays.all() else tuple(x[stays] for x in part))
+            self._kept.append(part if stays.all() else _select([part], [stays]))
         self._new = []
         if (held := _bytes(self._kept)) > HELD:
             priorities = [part[-1] for part in self._kept]
             priority = torch.cat(priorities)
             row = held // len(priority)
-            ranked, index = priority.topk(HELD // row // 2 + 1)
-            self.threshold = float(ranked[-1])
-            stays = torch.zeros_like(priority, dtype=torch.bool).index_fill_(0, index[:-1], True)
-            masks = stays.split([len(p) for p in priorities])
-            self._kept = [tuple(x[mask] for x in part) for part, mask in zip(self._kept, masks, strict=True)]
+            largest, index = priority.topk(HELD // row // 2 + 1, sorted=False)  # a third of the time of sorting
+            last = largest.argmin()
+            self.threshold = float(largest[last])
+            stays = torch.zeros_like(priority, dtype=torch.bool).index_fill_(0, index, True)
+            stays[index[last]] = False
+            self._kept = [_select(self._kept, stays.split([len(p) for p in priorities]))]
         # Many small parts would leave holes in memory between what batches take: like sizes become one.
         while len(self._kept) > 1 and len(self._kept[-1][0]) >= len(self._kept[-2][0]):
-            last = self._kept.pop(), self._kept.pop()
-            self._kept.append(tuple(torch.cat(x) for x in zip(*last, strict=True)))
+            pair = self._kept.pop(), self._kept.pop()
+            self._kept.append(tuple(torch.cat(x) for x in zip(*pair, strict=True)))
 
     @property
     def _alone(self) -> bool:
@@ -168,6 +171,17 @@ class GroupedGram:
                 total.update(features[i : i + CHUNK], part)
         total.mass, total.rows = float((self._mass > 0).sum()) + (self.background and self.rows > 0), self.rows
         return total
+
+
+def _select(parts: Sequence[tuple[Tensor, ...]], stay: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the rows that stay as one part; by their numbers, which takes a third of the time of a mask."""
+    indices = [mask.nonzero()[:, 0] for mask in stay]
+    sizes = [len(index) for index in indices]
+    selected = tuple(x.new_empty(sum(sizes), *x.shape[1:]) for x in parts[0])
+    for part, index, *pieces in zip(parts, indices, *(x.split(sizes) for x in selected), strict=True):
+        for x, piece in zip(part, pieces, strict=True):
+            torch.index_select(x, 0, index, out=piece)
+    return selected
 
 
 def _bytes(kept: list[tuple[Tensor, ...]]) -> int:
