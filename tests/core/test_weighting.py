@@ -170,6 +170,19 @@ def test_weights_of_any_dtype_add_up(dtype, monkeypatch):
         assert (moment.gram.matrix - expected).norm() < (0.05 if moment.threshold else 1e-6) * expected.norm()
 
 
+@pytest.mark.parametrize("held", [1 << 25, 1 << 9], ids=["all", "thinned"])
+def test_rows_that_take_part_in_a_graph_leave_it(held, monkeypatch):
+    monkeypatch.setattr(weighting_module, "HELD", held)
+    moments = []
+    for wanted in False, True:
+        a, w = torch.randn(60, 4, generator=generator()), torch.rand(60, 3, generator=generator())
+        grouped = GroupedGram(4, generator(), background=True)
+        grouped.update(a.requires_grad_(wanted), w.requires_grad_(wanted))
+        assert (grouped.threshold > 0) == (held == 1 << 9)
+        moments.append(grouped.gram.matrix)
+    assert torch.equal(*moments) and not moments[1].requires_grad
+
+
 def test_rows_and_weights_must_fit():
     with pytest.raises(ValueError, match=r"features has shape \(4, 2\); expected \(4, 3\)"):
         GroupedGram(3).update(torch.ones(4, 2), torch.ones(4, 1))

@@ -107,6 +107,7 @@ class GroupedGram:
             raise ValueError(f"features has shape {tuple(features.shape)}; expected ({n}, {self.d}).")
         if count != (len(self._mass) or count):
             raise ValueError(f"weights has {count} groups; there were {len(self._mass)} before.")
+        features, weights = features.detach(), weights.detach()
         if features.device.type == "mps":  # it has no float64
             features, weights = features.cpu(), weights.cpu()
         self.rows += n
