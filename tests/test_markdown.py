@@ -18,3 +18,5 @@ def test_columns_are_aligned():
 def test_a_mean_has_a_deviation_where_there_are_several_values():
     assert mean_std([0.25], "+.2f") == "+0.25"
     assert mean_std([1.0, 2.0, 3.0], "+.2f") == "+2.00 ± 1.00"  # of the sample: n − 1
+    assert mean_std([1.0, float("inf")], ".2f") == "inf ± nan"
+    assert mean_std([1.0, float("nan")], ".2f") == "nan ± nan"

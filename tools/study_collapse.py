@@ -40,7 +40,7 @@ from yolo_sos.core import Method, last_linear, row_weights, shift_model
 from yolo_sos.data.fashion import load
 from yolo_sos.data.image_folder import draw_split
 from yolo_sos.files import atomic_path, write_text
-from yolo_sos.markdown import markdown_table
+from yolo_sos.markdown import markdown_table, mean_std
 
 C = 10
 MEAN, STD = 0.2860, 0.3530  # of Fashion-MNIST's training pixels, 0 to 1
@@ -334,30 +334,27 @@ def trained(run: Run, data: Data, seed: int, arm: str) -> dict[str, Any]:
 
 
 # Telling --------------------------------------------------------------------------------------------------------------
-def mean_std(values: list[float | None], digits: int = 4) -> str:
-    """Return ``mean ± std``, the standard deviation being that of a sample; nothing where there is no value."""
-    if None in values:
-        return ""
-    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{std}"
-
-
 Lines = list[dict[str, Any]]
 
 
 def change(key: str) -> Callable[[Lines, dict[int, dict[str, Any]]], str]:
     """Return a column of paired differences to the unshifted model of the same seed."""
-    return lambda group, before: mean_std([line[key] - before[line["seed"]][key] for line in group])
+    return lambda group, before: mean_std([line[key] - before[line["seed"]][key] for line in group], ".4f")
 
 
 def value(key: str, digits: int = 4) -> Callable[[Lines, dict[int, dict[str, Any]]], str]:
-    """Return a column of values."""
-    return lambda group, before: mean_std([line[key] for line in group], digits)
+    """Return a column of values; a cell is empty where there is none."""
+
+    def cell(group: Lines, before: dict[int, dict[str, Any]]) -> str:
+        values = [line[key] for line in group]
+        return "" if None in values else mean_std(values, f".{digits}f")
+
+    return cell
 
 
 def times(group: Lines, before: dict[int, dict[str, Any]]) -> str:
     """Return the training loss as a multiple of that of the unshifted model of the same seed."""
-    return mean_std([line["train_loss"] / before[line["seed"]]["train_loss"] for line in group], 2)
+    return mean_std([line["train_loss"] / before[line["seed"]]["train_loss"] for line in group], ".2f")
 
 
 def written(group: Lines, before: dict[int, dict[str, Any]]) -> str:
@@ -405,10 +402,10 @@ def tables(record: dict[str, Any]) -> str:
         base = [line for line in lines if line["regime"] == regime and line["method"] == "none"]
         out += [
             f"### Post hoc, {regime}: {epochs} epochs, {seeds} seeds\n",
-            f"Unshifted: training error {mean_std([line['train_error'] for line in base], 5)}, "
-            f"NC1 {mean_std([line['nc1'] for line in base], 3)}, second moment in {C} directions "
-            f"{mean_std([line['top'] for line in base], 4)}, "
-            f"temperature {mean_std([line['temperature'] for line in base], 2)}.\n",
+            f"Unshifted: training error {mean_std([line['train_error'] for line in base], '.5f')}, "
+            f"NC1 {mean_std([line['nc1'] for line in base], '.3f')}, second moment in {C} directions "
+            f"{mean_std([line['top'] for line in base], '.4f')}, "
+            f"temperature {mean_std([line['temperature'] for line in base], '.2f')}.\n",
             table([line for line in lines if line["regime"] == regime], shift_name, POSTHOC) + "\n",
         ]
     out += [

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from statistics import mean, stdev
+from statistics import fmean
 
 
 def markdown_table(lines: Sequence[Sequence[str]], *, texts: int = 1) -> str:
@@ -28,5 +29,10 @@ def markdown_table(lines: Sequence[Sequence[str]], *, texts: int = 1) -> str:
 
 def mean_std(values: Sequence[float], form: str) -> str:
     """Return a mean, with the sample standard deviation if there are several values, both in a format as ``+.4f``."""
-    text = f"{mean(values):{form}}"
-    return text if len(values) == 1 else f"{text} ± {stdev(values):{form.lstrip('+')}}"
+    mean = fmean(values)
+    text = f"{mean:{form}}"
+    if len(values) == 1:
+        return text
+    # Not statistics.stdev, which knows neither NaN nor Inf: a loss can be either.
+    std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return f"{text} ± {std:{form.lstrip('+')}}"

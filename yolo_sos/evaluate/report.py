@@ -12,7 +12,7 @@ import numpy as np
 from yolo_sos.evaluate.boxes import GroundTruth
 from yolo_sos.evaluate.voc import mean_ap
 from yolo_sos.files import finite
-from yolo_sos.markdown import markdown_table
+from yolo_sos.markdown import markdown_table, mean_std
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,4 +132,4 @@ def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
 def _cell(values: Sequence[float]) -> str:
     if np.isnan(values).any():
         return "–"
-    return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
+    return mean_std(values, ".4f")
