@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@
 
-# Real handwritten digits, a YOLOv5n from scratch, SOS on: about three minutes on two CPU cores.
+# Real handwritten digits, a YOLOv5n from scratch, SOS on: a few minutes on two CPU cores.
 demo: install
 	$(BIN)/python tools/demo.py
 

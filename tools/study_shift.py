@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from bench_common import command
+
 from yolo_sos import __version__
 from yolo_sos.checkpoint import Point, Workbench
 from yolo_sos.checkpoint.file import Checkpoint
@@ -85,7 +87,8 @@ def main() -> None:
         "# Shifting trained checkpoints",
         "Written by tools/study_shift.py. Full steps, no guard, final weights rounded to half precision. Metrics of "
         "shifted models are changes against the baseline; ± is the standard deviation over draws.",
-        f"{versions}, Python {platform.python_version()}, {platform.machine()}.",
+        f"{versions}, Python {platform.python_version()}, {platform.machine()}. Made by",
+        f"    {command()}",
     ]
     rows = []
     for pair in args.pairs:

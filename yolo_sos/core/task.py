@@ -66,7 +66,7 @@ class ClassifierTask:
         return (labels.reshape(-1, 1) == classes).to(logits)
 
     def rest(self, output: Tensor) -> None:
-        """Return nothing."""
+        """Return None: the final layer makes all of the output."""
 
     def replay(self, rest: Any, outputs: dict[str, Tensor]) -> Tensor:
         """Return the final layer's output, which is the model's."""
