@@ -211,7 +211,8 @@ def replayed_loss(task, batch, output, inputs, layers, weights):
             layer.name: torch.func.functional_call(layer.module, {"weight": weights[layer.name]}, inputs[layer.name])
             for layer in layers
         }
-        return task.loss(task.replay(task.rest(output), outputs), batch)
+        batch, rest = task.kept(batch, output)
+        return task.loss(task.replay(rest, outputs), batch)
 
 
 def test_replay_of_the_same_weights_is_the_direct_loss_bit_for_bit(case):
@@ -263,9 +264,14 @@ def test_the_rest_of_an_output_holds_nothing_that_final_layers_make(case):
     for layer in final_layers(other):
         write_weight(layer.module, 2 * layer.module.weight.detach() + 1)
     changed, _ = forward(other, task, batch, final_layers(other))
-    made, rest, same = (list(tensors(x)) for x in (output, task.rest(output), task.rest(changed)))
-    assert len(rest) == len(same) < len(made)
-    assert all(torch.equal(a, b) for a, b in zip(rest, same, strict=True))
+    kept, same = task.kept(batch, output), task.kept(batch, changed)
+    made, rest, others = (list(tensors(x)) for x in (output, kept[1], same[1]))
+    assert len(rest) == len(others) < len(made)
+    assert all(torch.allclose(a, b, equal_nan=True) for a, b in zip(rest, others, strict=True))
+    assert kept[0]["img"].shape == batch["img"].shape
+    shapes = [x for x in (kept[0]["img"], *rest) if x.isnan().all()]  # of these no more than the shape
+    assert len(shapes) == 1 + (0 if rest == [] else len(layers) // len({layer.kind for layer in layers}))
+    assert {x.untyped_storage().nbytes() for x in shapes} == {4}
 
 
 def first(output):
@@ -309,7 +315,7 @@ def test_of_a_fused_model_the_branch_that_is_left_is_found_and_replayed(end2end)
         output, inputs = model(images), capture.take()
         outputs = {layer.name: 2 * layer.module(inputs[layer.name]) for layer in layers}
         capture.clear()
-        replayed = task.replay(task.rest(output[1]), outputs)
+        replayed = task.replay(task.kept({"img": images}, output[1])[1], outputs)
     branch = "one2one" if end2end else "one2many"
     was, now = (raw.get(branch, raw) for raw in (output[1], replayed))
     assert torch.equal(now["scores"], 2 * was["scores"]) and torch.equal(now["boxes"], 2 * was["boxes"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -90,6 +91,11 @@ def _last(tower: nn.Module) -> nn.Module:
     return tower[-1] if isinstance(tower, nn.Sequential) else tower
 
 
+def _shape_only(x: Tensor) -> Tensor:
+    """Return what has a tensor's shape, dtype and device, but not its memory: read, it makes a loss NaN."""
+    return x.new_full((), math.nan).expand(x.shape)
+
+
 class HostTask:
     """An Ultralytics model and its loss as a ``yolo_sos.core.Task``.
 
@@ -118,13 +124,20 @@ class HostTask:
             return nn.functional.one_hot(batch["cls"].long().view(-1), logits.shape[1]).to(logits.dtype)
         return logits.sigmoid_()  # not into memory of its own, which takes longer than the sigmoid
 
-    def rest(self, output: Any) -> Any:
-        """Return the raw predictions without those that the final layers make."""
+    def kept(self, batch: dict[str, Any], output: Any) -> tuple[dict[str, Any], Any]:
+        """Return the batch without its images, and the raw predictions without those that the final layers make.
+
+        Of the images, and of the features that the head got, nothing is asked from here on but their shape.
+        """
+        return {**batch, "img": _shape_only(batch["img"])}, self._rest(output)
+
+    def _rest(self, output: Any) -> Any:
         if isinstance(self.head, Classify):
             return None
         if "one2many" in output:
-            return {name: self.rest(branch) for name, branch in output.items()}
-        return {key: value for key, value in output.items() if key not in PREDICTIONS}
+            return {name: self._rest(branch) for name, branch in output.items()}
+        others = {key: value for key, value in output.items() if key not in PREDICTIONS}
+        return {k: [_shape_only(x) for x in value] if k == "feats" else value for k, value in others.items()}
 
     def replay(self, rest: Any, outputs: dict[str, Tensor]) -> Any:
         """Return the predictions that other outputs of the final layers make, by the head's own ``forward_head``."""

@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 
 import pytest
+from torch import is_tensor
 from ultralytics.data import build as loaders
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -129,6 +130,23 @@ def test_what_was_collected_is_let_go_before_images_are_held_out(make, monkeypat
     trainer._shift()
     layers = len(final_layers(trainer.ema.ema))
     assert checks == [[None] * layers, [None] * layers * MODELS]
+
+
+def test_the_guard_holds_the_inputs_of_final_layers_and_the_labels_but_neither_images_nor_features(make, monkeypatch):
+    held, loss = [], shift_module.HeldOut.loss
+
+    def seen(self, weights):
+        for batch, rest, inputs in self.batches:
+            tensors = [*batch.values(), *rest["feats"], *inputs.values()]
+            held.append({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if is_tensor(x)})
+            assert set(rest) == {"feats"}
+            expected = sum(x.numel() * x.element_size() for x in inputs.values())
+            assert expected < sum(held[-1].values()) < 1.01 * expected
+        return loss(self, weights)
+
+    monkeypatch.setattr(shift_module.HeldOut, "loss", seen)
+    make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=1.0)._shift()
+    assert len(held) == MODELS
 
 
 def test_rows_beyond_what_is_held_go_into_no_product(make, monkeypatch):

@@ -92,8 +92,8 @@ class DetectorTask:
         assert layer.name == "cls"
         return logits.sigmoid()
 
-    def rest(self, output):
-        return {}
+    def kept(self, batch, output):
+        return batch, {}
 
     def replay(self, rest, outputs):
         return {**rest, **outputs}
@@ -610,7 +610,7 @@ def test_a_collector_gives_each_method_what_it_would_get_alone():
     with shift_module.evaluation(model), InputCapture(layers) as capture:
         for batch in fit:
             task.forward(model, batch)
-            collector.add(capture.take(), batch)
+            collector.add(batch, None, capture.take())
     assert len(calls) == 2
     assert [collector.rows(layer) for layer in layers] == [100, 100]
     weights = set()
@@ -760,7 +760,7 @@ def broken_batches(number):
         "forward",
         "task.forward",
         "task.probabilities",
-        "task.rest",
+        "task.kept",
         "task.replay",
         "task.loss",
         "task.size",

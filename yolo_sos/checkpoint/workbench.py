@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from ultralytics.nn.tasks import load_checkpoint
@@ -17,7 +18,7 @@ from yolo_sos.checkpoint.score import score
 from yolo_sos.core import FinalLayer, Gram, InputCapture, Method, ShiftResult
 from yolo_sos.core.gram import as_float64
 from yolo_sos.core.layers import input_rows, weight_matrix
-from yolo_sos.core.shift import Collector, HeldOut, Stopwatch, evaluation, guarded_step, stepped
+from yolo_sos.core.shift import Collector, HeldOut, Stopwatch, evaluation, guarded_step, run_batches, stepped
 from yolo_sos.core.solver import OK
 from yolo_sos.heads import HostTask, final_layers, select_layers
 
@@ -108,34 +109,28 @@ class Workbench:
         self.heldout = HeldOut(self.task, self.checkpoint.layers)
         self.watch = Stopwatch(self.device)
         self._moments: dict[str, Gram] = {}
+        self._heldout: list[dict[str, Any]] = []  # the whole batches: what was written will run on them again
 
     def capture(self, trials: Sequence[tuple[Method, int]]) -> Collector:
         """Run the images through the model, each once, and keep what the methods need of them.
 
-        Of the images to fit on only sums and drawn rows stay; of those held out the inputs of the final layers.
+        Of the images to fit on only sums and drawn rows stay; of those held out the inputs of the final layers too.
 
         Args:
             trials (Sequence[tuple[Method, int]]): Methods that ``solve`` will be asked for, each with its seed.
         """
         layers = self.checkpoint.layers
         collector = Collector(self.task, layers, self.shifted, trials)
+
+        def hold(batch: dict[str, Any], output: Any, inputs: dict[str, Tensor]) -> None:
+            self._heldout.append(batch)
+            self.heldout.add(batch, output, inputs)
+
         with evaluation(self.model), InputCapture(layers) as capture:
-            for batch in self.images.batches("fit"):
-                self.watch.lap("sample")
-                self.task.forward(self.model, batch)
-                inputs = capture.take()
-                self.watch.lap("forward")
-                collector.add(inputs, batch)
-                self.watch.lap("rows")
-            self._moments = {layer.name: Gram(weight_matrix(layer.module).shape[1]) for layer in self.shifted}
-            for batch in self.images.batches("heldout"):
-                self.watch.lap("sample")
-                output = self.task.forward(self.model, batch)
-                inputs = capture.take()
-                self.watch.lap("forward")
-                self.heldout.add(batch, output, inputs)
-                self.watch.lap("guard")
+            for split, phase, add in (("fit", "rows", collector.add), ("heldout", "guard", hold)):
+                run_batches(self.model, self.images.batches(split), self.task, capture, self.watch, phase, add)
             for layer in self.shifted:
+                self._moments[layer.name] = Gram(weight_matrix(layer.module).shape[1])
                 for _, _, inputs in self.heldout.batches:
                     self._moments[layer.name].update(input_rows(layer.module, inputs[layer.name]))
             self.watch.lap("rows")
@@ -212,7 +207,7 @@ class Workbench:
         saved = {layer.name: layer for layer in layers}
         total, images = 0.0, 0
         with evaluation(model), InputCapture(layers) as capture:
-            for batch, _, inputs in self.heldout.batches:
+            for batch, (_, _, inputs) in zip(self._heldout, self.heldout.batches, strict=True):
                 output = task.forward(model, batch)
                 new = capture.take()
                 total += task.size(batch) * float(task.loss(output, batch))

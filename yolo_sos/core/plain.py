@@ -114,9 +114,9 @@ class ModelTask(ClassifierTask):
         """Return the output, and the inputs for a replay."""
         return model(batch[0]), batch[0]
 
-    def rest(self, output: tuple[Any, Any]) -> Any:  # type: ignore[override]
-        """Return the inputs."""
-        return output[1]
+    def kept(self, batch: Any, output: tuple[Any, Any]) -> tuple[Any, Any]:  # type: ignore[override]
+        """Return the batch, and its inputs once more: the model runs on them again."""
+        return batch, output[1]
 
     def replay(self, rest: Any, outputs: dict[str, Tensor]) -> tuple[Any, Any]:  # type: ignore[override]
         """Run the model again, with other outputs of its final layers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -244,8 +244,11 @@ class Collector:
                 largest = max((method for method, _ in alike), key=lambda m, d=d: m.rank_of(d))  # type: ignore[misc]
                 self._collected[key][layer.name] = largest.accumulator(d, layer.kind, generator)
 
-    def add(self, inputs: dict[str, Tensor], batch: Any) -> None:
-        """Add one batch's rows to each accumulator, weighted by what their class layer says of them."""
+    def add(self, batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
+        """Add one batch's rows to each accumulator, weighted by what their class layer says of them.
+
+        What ``run_batches`` hands over: the output is not needed.
+        """
         rows = {layer.name: input_rows(layer.module, inputs[layer.name]) for layer in self.layers}
         by_name = {layer.name: layer for layer in self.layers}
         probabilities: dict[str, Tensor] = {}
@@ -289,11 +292,11 @@ class HeldOut:
         self._total = 0.0  # of the losses of the images
 
     def add(self, batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
-        """Keep a batch, its loss, what the layers have no part in of its output, and their inputs."""
+        """Add a batch's loss; keep the inputs of the layers, and of batch and output what another loss will need."""
         size = self.task.size(batch)
         self._images += size
         self._total += size * float(self.task.loss(output, batch))
-        self.batches.append((batch, self.task.rest(output), inputs))
+        self.batches.append((*self.task.kept(batch, output), inputs))
 
     @property
     def before(self) -> float:
@@ -304,9 +307,32 @@ class HeldOut:
         """Return the mean loss per image with ``weights`` (layer name → ``(out, d)``); other layers keep theirs."""
         total = 0.0
         for batch, rest, inputs in self.batches:
-            outputs = layer_outputs(self.layers, weights, inputs)
-            total += self.task.size(batch) * float(self.task.loss(self.task.replay(rest, outputs), batch))
+            # No names for what is large: parts would stay in memory while the loss, its peak, is computed.
+            loss = self.task.loss(self.task.replay(rest, layer_outputs(self.layers, weights, inputs)), batch)
+            total += self.task.size(batch) * float(loss)
         return total / self._images if self._images else float("nan")
+
+
+def run_batches(
+    model: nn.Module,
+    batches: Iterable[Any],
+    task: Task,
+    capture: InputCapture,
+    watch: Stopwatch,
+    phase: str,
+    add: Callable[[Any, Any, dict[str, Tensor]], None],
+) -> None:
+    """Run a model on batches, and hand each one with its output and its captured inputs to ``add``.
+
+    What that takes is charged to ``phase``. When this returns, of the last batch nothing is left in memory either.
+    """
+    for batch in batches:
+        watch.lap("sample")
+        output = task.forward(model, batch)
+        inputs = capture.take()
+        watch.lap("forward")
+        add(batch, output, inputs)
+        watch.lap(phase)
 
 
 def shift_layers(
@@ -363,28 +389,17 @@ def shift_layers(
     watch = Stopwatch(shifted[0].module.weight.device)  # type: ignore[arg-type]
 
     with evaluation(model), InputCapture(watched) as capture:
-        for batch in fit:
-            watch.lap("sample")
-            task.forward(model, batch)
-            inputs = capture.take()
-            watch.lap("forward")
-            collector.add(inputs, batch)
-            watch.lap("rows")
+        run_batches(model, fit, task, capture, watch, "rows", collector.add)
         if not any(collector.rows(layer) for layer in shifted):
             raise ValueError("There is nothing to fit on: no batch had a row.")
         results = {layer.name: collector.solve(layer, method, seed) for layer in shifted}
         rows = {layer.name: collector.rows(layer) for layer in shifted}
-        del collector, inputs  # before others take their place in memory
+        del collector  # before others take its place in memory
         watch.lap("solve")
-        for batch in heldout if guard is not None else ():
-            watch.lap("sample")
-            output = task.forward(model, batch)
-            inputs = capture.take()
-            watch.lap("forward")
-            kept.add(batch, output, inputs)
-            watch.lap("guard")
-        if guard is not None and not kept.batches:
-            raise ValueError("The guard needs held-out batches; pass some, or guard=None.")
+        if guard is not None:
+            run_batches(model, heldout, task, capture, watch, "guard", kept.add)
+            if not kept.batches:
+                raise ValueError("The guard needs held-out batches; pass some, or guard=None.")
         t, before, after = guarded_step(shifted, results, kept, guard, step)
         watch.lap("guard")
 

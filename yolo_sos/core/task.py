@@ -24,8 +24,8 @@ class Task(Protocol):
         It may write over those.
         """
 
-    def rest(self, output: Any) -> Any:
-        """Return what ``replay`` needs of an output: what the final layers have no part in."""
+    def kept(self, batch: Any, output: Any) -> tuple[Any, Any]:
+        """Return what ``loss`` and ``size`` need of a batch, and the rest of an output: what ``replay`` needs of it."""
 
     def replay(self, rest: Any, outputs: dict[str, Tensor]) -> Any:
         """Return the output of which this is the rest, if the final layers return ``outputs`` (name → Tensor)."""
@@ -65,8 +65,9 @@ class ClassifierTask:
         classes = torch.arange(c, device=labels.device)
         return (labels.reshape(-1, 1) == classes).to(logits)
 
-    def rest(self, output: Tensor) -> None:
-        """Return None: the final layer makes all of the output."""
+    def kept(self, batch: tuple[Tensor, Tensor], output: Tensor) -> tuple[tuple[Tensor, Tensor], None]:
+        """Return the batch, and None: the final layer makes all of the output."""
+        return batch, None
 
     def replay(self, rest: Any, outputs: dict[str, Tensor]) -> Tensor:
         """Return the final layer's output, which is the model's."""
