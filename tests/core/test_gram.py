@@ -104,7 +104,7 @@ def test_rows_turn_into_float64_a_chunk_at_a_time(monkeypatch, rows, weighted):
         sizes.append(len(x))
         return convert(x)
 
-    monkeypatch.setattr(gram_module, "CHUNK", 7)
+    monkeypatch.setitem(gram_module.CHUNK, "cpu", 7)
     monkeypatch.setattr(gram_module, "as_float64", spy)
     chunked = Gram(3).update(a, w)
     assert max(sizes, default=0) <= 7

@@ -22,6 +22,7 @@ from yolo_sos.core import (
     principal_shift,
     row_weights,
 )
+from yolo_sos.core import gram as gram_module
 from yolo_sos.core import weighting as weighting_module
 
 PROPERTY = settings(derandomize=True, max_examples=50, deadline=None, database=None)
@@ -236,7 +237,7 @@ def test_rows_are_weighted_a_chunk_at_a_time(monkeypatch):
         sizes.append(len(x))
         return convert(x)
 
-    monkeypatch.setattr(weighting_module, "CHUNK", 6)
+    monkeypatch.setitem(gram_module.CHUNK, "cpu", 6)
     monkeypatch.setattr(weighting_module, "as_float64", spy)
     chunked = GroupedGram(3)
     chunked.update(a, w)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from yolo_sos.core.gram import CHUNK, Gram, as_float64
+from yolo_sos.core.gram import Gram, as_float64, chunk_size
 
 WEIGHTINGS = ("balanced", "confidence", "uniform")
 
@@ -113,7 +113,9 @@ class GroupedGram:
         self.rows += n
         if not len(self._mass):
             self._mass = torch.zeros(count, dtype=torch.float64, device=weights.device)
-        for chunk in weights.split(CHUNK):  # not in float64 right away, for the sum would copy what is not
+        for chunk in weights.split(
+            chunk_size(weights)
+        ):  # not in float64 right away, for the sum would copy what is not
             self._mass += chunk.sum(0, dtype=torch.promote_types(weights.dtype, torch.float32))
         if self._alone:
             self._single.update(features, weights[:, 0])
@@ -165,11 +167,12 @@ class GroupedGram:
             return self._single.mean()
         total, share = Gram(self.d), self._share()
         for features, weights, *sizes in (*self._kept, *self._new):
-            for i in range(0, len(features), CHUNK):
-                part = as_float64(weights[i : i + CHUNK]) @ share + self.background / self.rows
+            chunk = chunk_size(features)
+            for i in range(0, len(features), chunk):
+                part = as_float64(weights[i : i + chunk]) @ share + self.background / self.rows
                 if sizes:
-                    part *= (self.threshold / sizes[0][i : i + CHUNK].double()).nan_to_num(nan=1.0).clamp(min=1.0)
-                total.update(features[i : i + CHUNK], part)
+                    part *= (self.threshold / sizes[0][i : i + chunk].double()).nan_to_num(nan=1.0).clamp(min=1.0)
+                total.update(features[i : i + chunk], part)
         total.mass, total.rows = float((self._mass > 0).sum()) + (self.background and self.rows > 0), self.rows
         return total
 
