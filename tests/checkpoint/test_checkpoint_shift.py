@@ -243,7 +243,7 @@ def test_the_memory_of_what_is_collected_does_not_grow_with_the_images(trained, 
         moments, samples = (by_layer.values() for by_layer in collector._collected.values())
         return (
             [sum(x.numel() * x.element_size() for part in (*m._new, *m._kept) for x in part[:2]) for m in moments],
-            [sum(keys.numel() + rows.numel() for keys, rows in s._kept) for s in samples],
+            [s._groups.numel() + s._keys.numel() + s._kept.numel() for s in samples],
         )
 
     few, many = sizes(4), sizes(16)

@@ -375,8 +375,26 @@ def test_rows_keep_their_bits_and_nothing_else_is_held(dtype):
     drawn = sample.sample
     assert drawn.dtype == dtype
     assert all((a == row).all(1).any() for row in drawn)
-    held = sum(t.untyped_storage().nbytes() for pair in sample._kept for t in pair)
-    assert held == 4 * (8 + 3 * a.element_size())  # keys and rows, whatever was offered
+    held = sum(x.untyped_storage().nbytes() for x in (sample._groups, sample._keys, sample._kept))
+    assert held == 4 * (8 + 8 + 3 * a.element_size())  # groups, keys and rows, whatever was offered
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("at_once", [1 << 16, 60, 1])
+def test_rows_drawn_are_those_of_the_smallest_keys_and_few_keys_are_computed(at_once, pieces, monkeypatch):
+    """Against all keys, computed from the same random numbers."""
+    n, groups, rows = 2000, 3, 9
+    w = torch.rand(n, groups, generator=generator(7)).pow(8)
+    computed, draws, log1p, rand = [], [], torch.log1p, torch.rand
+    monkeypatch.setattr(weighting_module, "DRAWN", at_once)
+    monkeypatch.setattr(torch, "log1p", lambda x: computed.append(len(x)) or log1p(x))
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: draws.append(rand(*a, **k)) or draws[-1])
+    drawn = draw(rows, w, pieces=pieces)
+    keys = -log1p(-torch.cat(draws)) / w
+    assert keys.shape == w.shape
+    assert drawn == keys.topk(rows // groups, dim=0, largest=False).indices.T.flatten().tolist()
+    first = min(at_once, math.ceil(n / pieces) * groups)  # until groups are full
+    assert sum(computed) < first + 0.1 * n * groups
 
 
 @PROPERTY

@@ -58,6 +58,7 @@ def has_background(weighting: str, kind: str) -> bool:
 
 
 HELD = 1 << 25  # bytes of rows and weights that a GroupedGram keeps at most: little beside a training step
+DRAWN = 1 << 16  # random numbers that a RowSample draws at once: half a megabyte, which a cache can hold
 
 
 class GroupedGram:
@@ -196,7 +197,8 @@ class RowSample:
     """Rows drawn without replacement, each group's in proportion to its weights, streaming.
 
     Weighted reservoir sampling by exponential keys (Efraimidis & Spirakis, *Weighted random sampling with a reservoir*,
-    2006): of all rows the ones with the smallest ``Eᵢ/wᵢ``, E exponential, stay. Memory O(rows · d).
+    2006): of all rows the ones with the smallest ``Eᵢ/wᵢ``, E exponential, stay. Memory O(rows · d). E is −ln(1−u) with
+    u uniform, so at least u: of most rows ``u/w`` is already too large, and no key is computed.
 
     Args:
         d (int): Length of a row.
@@ -216,35 +218,62 @@ class RowSample:
         self.background = background
         self.rows = 0
         self.generator = generator
-        self._lot: list[int] = []  # the groups, in the order in which they get what does not divide
-        self._kept: list[tuple[Tensor, Tensor]] = []  # per group: keys (k,), rows (k, d)
+        self._turn = torch.empty(0, dtype=torch.long)  # of each group, to get what does not divide
+        # What is drawn, by group and key; its rows are on the features' device.
+        self._groups = torch.empty(0, dtype=torch.long)
+        self._keys = torch.empty(0, dtype=torch.float64)
+        self._kept = torch.empty(0, d)
 
     def update(self, features: Tensor, weights: Tensor) -> None:
         """Offer rows ``features`` ``(n, d)`` with ``weights`` ``(n, groups)``."""
+        features, weights = features.detach(), weights.detach()
         if self.background:
             weights = torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1)
+        weights = weights.cpu()
         n, groups = weights.shape
-        if not self._lot:
-            self._lot = torch.randperm(groups, generator=self.generator).tolist()
-            self._kept = [(torch.empty(0, dtype=torch.float64), features[:0]) for _ in range(groups)]
+        if not len(self._turn):
+            self._turn = torch.randperm(groups, generator=self.generator)
+            self._kept = features[:0].clone()
         self.rows += n
-        waiting = torch.empty(n, groups, dtype=torch.float64).exponential_(generator=self.generator)
-        # Weight 0 waits for ever. A row that is not a number is drawn for certain: the solver must see it.
-        keys = (waiting / weights.double().cpu()).nan_to_num(nan=0.0, posinf=torch.inf)
-        keys[~features.isfinite().all(1).cpu()] = 0.0
-        for g, quota in enumerate(self._quotas(self.wanted)):
-            pool = torch.cat([self._kept[g][0], keys[:, g]])
-            finite = int(pool.isfinite().sum())
-            best, index = pool.topk(min(quota, finite), largest=False)
-            held = len(self._kept[g][0])
-            old, new = index[index < held], index[index >= held] - held
-            order = torch.cat([(index < held).nonzero()[:, 0], (index >= held).nonzero()[:, 0]])
-            rows = torch.cat([self._kept[g][1][old.to(features.device)], features[new.to(features.device)]])
-            self._kept[g] = (best[order], rows)
+        # A row that is not a number is drawn for certain: the solver must see it. Two sums tell whether there is one.
+        if not all(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite() for x in (features, weights)):
+            bad = ~features.isfinite().all(1, keepdim=True).cpu()
+            weights = weights.nan_to_num(nan=torch.inf).masked_fill(bad, torch.inf)
+        held = len(self._keys)
+        index, limits = torch.arange(held), self._limits()  # index: below held of what is kept, else of what is new
+        chunk = max(1, DRAWN // groups)
+        for i in range(0, n, chunk):
+            w = weights[i : i + chunk].double()
+            u = torch.rand(w.shape, dtype=torch.float64, generator=self.generator)
+            row, group = (u < limits * w).nonzero(as_tuple=True)  # none of weight 0, as ∞ · 0 is not a number
+            if len(row):
+                keys = torch.cat([self._keys, -torch.log1p(-u[row, group]) / w[row, group]])
+                group = torch.cat([self._groups, group])
+                stay = self._best(keys, group)
+                index = torch.cat([index, held + i + row])[stay]
+                self._keys, self._groups = keys[stay], group[stay]
+                limits = self._limits()
+        new = index >= held
+        taken = features[(index[new] - held).to(features.device)]
+        index[new] = torch.arange(held, held + len(taken))
+        self._kept = torch.cat([self._kept, taken])[index.to(features.device)]
 
-    def _quotas(self, rows: int) -> list[int]:
-        share, rest = divmod(rows, len(self._lot))
-        return [share + (g in self._lot[:rest]) for g in range(len(self._lot))]
+    def _best(self, keys: Tensor, groups: Tensor) -> Tensor:
+        """Return which of them stay, sorted by group and key."""
+        order = keys.argsort(stable=True)
+        order = order[groups[order].argsort(stable=True)]
+        return order[_places(groups[order]) < self._quotas(self.wanted)[groups[order]]]
+
+    def _quotas(self, rows: int) -> Tensor:
+        """Return how many of ``rows`` each group may have, ``(groups,)``."""
+        share, rest = divmod(rows, len(self._turn))
+        return share + (self._turn < rest).long()
+
+    def _limits(self) -> Tensor:
+        """Return for each group the key that a new one must stay below, ``(groups,)``; ∞ as long as it is not full."""
+        full = self._groups.bincount(minlength=len(self._turn)) == self._quotas(self.wanted)
+        empty = torch.where(full, -torch.inf, torch.inf).double()
+        return empty.scatter_reduce(0, self._groups, self._keys, "amax")
 
     @property
     def sample(self) -> Tensor:
@@ -253,10 +282,15 @@ class RowSample:
 
     def take(self, rows: int) -> Tensor:
         """Return the sample that would have been drawn if ``rows`` had been asked for, at most as many as were."""
-        if not self._kept:
+        if not len(self._turn):
             return torch.empty(0, self.d)
         if rows > self.wanted:
             raise ValueError(f"rows={rows} is more than the {self.wanted} that were drawn.")
         # The rows of the smallest keys: a smaller sample is part of a larger one.
-        quotas = zip(self._quotas(rows), self._kept, strict=True)
-        return torch.cat([kept[keys.argsort()[:quota].to(kept.device)] for quota, (keys, kept) in quotas])
+        smaller = _places(self._groups) < self._quotas(rows)[self._groups]
+        return self._kept[smaller.to(self._kept.device)]
+
+
+def _places(groups: Tensor) -> Tensor:
+    """Return the place of each within its group, from 0, of sorted ``groups``."""
+    return torch.arange(len(groups)) - torch.searchsorted(groups, groups)
