@@ -1,16 +1,17 @@
 #!/usr/bin/env python
 # yolo-sos, AGPL-3.0
-"""How the cost of a shift grows: with the size of the model, of the image, with classes and with the batch.
+"""How the cost of a shift grows: with the size of the model, of the image, with classes, the batch and the method.
 
-    python tools/bench_growth.py                        # four minutes on two CPU cores
+    python tools/bench_growth.py                        # six minutes on two CPU cores
     python tools/bench_growth.py --device=0 --imgsz=640 --name=growth-gpu
 
-One shift at the defaults and one training step (on a GPU in mixed precision), in turn, on random images with untrained
-models: neither the pixels nor the weights matter to the time. Each axis changes one thing and leaves the others at
---imgsz, --classes and --batch. A shift is told in images: how many images' worth of training step (forward, backward,
-update) it costs. That does not depend on the data set. It is measured on the default number of images (8, or 3 per
-class if that is more), but no more than 64: sampling, forward pass and rows of the images to fit on are proportional to
-them, the rest is not. What the default number adds to training on N, for the two models that are shifted, is
+One shift and one training step (on a GPU in mixed precision), in turn, on random images with untrained models: neither
+the pixels nor the weights matter to the time. Each axis changes one thing and leaves the others at what --model,
+--imgsz, --classes, --batch and --method say, everything else at its default. A shift is told in images: how many
+images' worth of training step (forward, backward, update) it costs. That does not depend on the data set. It is
+measured on the default number of images (8, or 3 per class if that is more), but no more than 64: sampling, forward
+pass and rows of the images to fit on are proportional to them, the rest is not. What the default number adds to
+training on N, for the two models that are shifted, is
 
     2 · images' worth, scaled up so / (N · epochs)
 
@@ -32,11 +33,14 @@ from typing import Any
 
 from bench_common import BENCH, Peak, save, spread, table, told
 
+from yolo_sos.config import METHODS
+
 AXES: dict[str, tuple[Any, ...]] = {
     "model": ("yolov5n", "yolov5s", "yolov5m", "yolov5l", "yolov5x"),
     "imgsz": (160, 320, 640),
     "classes": (3, 20, 80, 1000),
     "batch": (4, 8, 16, 32),
+    "method": METHODS,
 }
 OBJECTS = 5  # per image
 N = 10_000  # training images that the shares are of
@@ -44,7 +48,7 @@ EPOCHS = 100  # epochs of a run that shifts once
 MOST = 64  # images that are measured: memory is full by then, and what fills it is thinned
 
 
-def measure(model: str, imgsz: int, classes: int, batch: int, repeats: int, device: str) -> dict[str, Any]:
+def measure(model: str, imgsz: int, classes: int, batch: int, method: str, repeats: int, device: str) -> dict[str, Any]:
     """Return times, memory and counts of a shift and of a training step, measured in this process."""
     import torch
     from ultralytics.cfg import get_cfg
@@ -60,7 +64,7 @@ def measure(model: str, imgsz: int, classes: int, batch: int, repeats: int, devi
     place = torch.device("cpu" if device == "cpu" else f"cuda:{device}")
     net = DetectionModel(f"{model}.yaml", nc=classes, verbose=False).to(place)
     net.args = get_cfg()
-    config = SOSConfig.from_dict({"sos": True})
+    config = SOSConfig.from_dict({"sos": True, "sos_method": method})
     default = config.sos_images or max(IMAGES, PER_CLASS * classes)
     images = min(default, MOST)
     heldout = min(images // 2, HELD_OUT)
@@ -161,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--imgsz", type=int, default=160, help="(%(default)s)")
     parser.add_argument("--classes", type=int, default=20, help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="(%(default)s)")
+    parser.add_argument("--method", default="principal", choices=AXES["method"], help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="(%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, or the number of a GPU (%(default)s)")
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES, help="(all)")
@@ -170,7 +175,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.point:
         print(json.dumps(measure(**json.loads(args.point), repeats=args.repeats, device=args.device)))
         return
-    base = {"model": args.model, "imgsz": args.imgsz, "classes": args.classes, "batch": args.batch}
+    base = {
+        "model": args.model,
+        "imgsz": args.imgsz,
+        "classes": args.classes,
+        "batch": args.batch,
+        "method": args.method,
+    }
     data: dict[str, dict[str, dict[str, Any]]] = {}
     seen: dict[str, dict[str, Any]] = {}  # the base point stands on every axis
     for axis in args.axes:

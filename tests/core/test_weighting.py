@@ -380,7 +380,7 @@ def test_rows_keep_their_bits_and_nothing_else_is_held(dtype):
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
-@pytest.mark.parametrize("at_once", [1 << 16, 60, 1])
+@pytest.mark.parametrize("at_once", [1 << 16, 1 << 12, 1])
 def test_rows_drawn_are_those_of_the_smallest_keys_and_few_keys_are_computed(at_once, pieces, monkeypatch):
     """Against all keys, computed from the same random numbers."""
     n, groups, rows = 2000, 3, 9
@@ -393,8 +393,7 @@ def test_rows_drawn_are_those_of_the_smallest_keys_and_few_keys_are_computed(at_
     keys = -log1p(-torch.cat(draws)) / w
     assert keys.shape == w.shape
     assert drawn == keys.topk(rows // groups, dim=0, largest=False).indices.T.flatten().tolist()
-    first = min(at_once, math.ceil(n / pieces) * groups)  # until groups are full
-    assert sum(computed) < first + 0.1 * n * groups
+    assert sum(computed) < 0.2 * n * groups
 
 
 @PROPERTY

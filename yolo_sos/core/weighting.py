@@ -218,6 +218,7 @@ class RowSample:
         self.background = background
         self.rows = 0
         self.generator = generator
+        self._drawn = DRAWN >> 6  # at first few: until groups are full, each is a key
         self._turn = torch.empty(0, dtype=torch.long)  # of each group, to get what does not divide
         # What is drawn, by group and key; its rows are on the features' device.
         self._groups = torch.empty(0, dtype=torch.long)
@@ -241,9 +242,9 @@ class RowSample:
             weights = weights.nan_to_num(nan=torch.inf).masked_fill(bad, torch.inf)
         held = len(self._keys)
         index, limits = torch.arange(held), self._limits()  # index: below held of what is kept, else of what is new
-        chunk = max(1, DRAWN // groups)
-        for i in range(0, n, chunk):
-            w = weights[i : i + chunk].double()
+        i = 0
+        while i < n:
+            w = weights[i : i + max(1, self._drawn // groups)].double()
             u = torch.rand(w.shape, dtype=torch.float64, generator=self.generator)
             row, group = (u < limits * w).nonzero(as_tuple=True)  # none of weight 0, as ∞ · 0 is not a number
             if len(row):
@@ -253,6 +254,8 @@ class RowSample:
                 index = torch.cat([index, held + i + row])[stay]
                 self._keys, self._groups = keys[stay], group[stay]
                 limits = self._limits()
+            i += len(w)
+            self._drawn = min(2 * self._drawn, DRAWN)
         new = index >= held
         taken = features[(index[new] - held).to(features.device)]
         index[new] = torch.arange(held, held + len(taken))
