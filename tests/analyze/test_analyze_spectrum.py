@@ -11,7 +11,7 @@ from torch import nn
 
 from yolo_sos.analyze.landscape import direction, interpolation, loss_at, slices
 from yolo_sos.analyze.spectrum import LEVELS, Inputs, Spectrum
-from yolo_sos.core import Gram, InputCapture, Method, input_rows, shift_layers, weight_matrix
+from yolo_sos.core import WEIGHTINGS, Gram, InputCapture, Method, input_rows, shift_layers, weight_matrix
 from yolo_sos.core.shift import evaluation
 
 
@@ -56,16 +56,20 @@ def test_spectra_of_a_detector(subject, tiny):
         assert s.unweighted.outside[r - 1] == pytest.approx(1 - np.sum(kept**2) / float(v.norm()) ** 2, abs=1e-5)
 
 
-def test_settings_do_what_they_are_said_to_do(subject, tiny):
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("task", ["detect", "classify"])
+def test_settings_do_what_they_are_said_to_do(task, weighting, subject, tiny):
     """The core shifts; the diagnosis said by how much."""
-    of, batch = subject(str(tiny)), targets("detect", images=4)
-    inputs = Inputs(of.task, of.layers)
+    of, batch = subject(str(tiny) if task == "detect" else "yolov8n-cls.yaml"), targets(task, images=4)
+    inputs = Inputs(of.task, of.layers, weighting)
     with evaluation(of.model), InputCapture(of.layers) as capture:
         of.task.forward(of.model, batch)
         inputs.update(capture.take(), batch)
     before = {s.name: s for s in inputs.spectra()}
-    planned = inputs.shifts(Method("principal", rank=0.5))
-    report = shift_layers(of.model, of.layers, [batch], of.task, method=Method("principal", rank=0.5), guard=None)
+    method = Method("principal", rank=0.5, weighting=weighting)
+    planned = inputs.shifts(method)
+    report = shift_layers(of.model, of.layers, [batch], of.task, method=method, guard=None)
+    assert report.status == "ok"
     for record, layer in zip(report.layers, of.layers, strict=True):
         said = next(s for s in before[record.name].settings if (s["setting"], s["value"]) == ("sos_rank", 0.5))
         assert said["rank"] == record.rank

@@ -18,19 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yolo_sos.core import (
-    FinalLayer,
-    Gram,
-    GroupedGram,
-    Method,
-    Task,
-    has_background,
-    input_rows,
-    row_weights,
-    weight_matrix,
-)
+from yolo_sos.core import FinalLayer, Gram, GroupedGram, Method, Task, has_background, weight_matrix
 from yolo_sos.core.gram import as_float64
-from yolo_sos.core.layers import output_rows
+from yolo_sos.core.shift import weighted_rows
 from yolo_sos.core.solver import OK
 
 LEVELS = (0.9, 0.99, 0.999, 0.9999)  # of the inputs' energy Σλ
@@ -130,16 +120,10 @@ class Inputs:
 
     def update(self, inputs: dict[str, Tensor], batch: Any) -> None:
         """Add a batch's inputs, layer name → tensor as the layer receives it."""
-        rows = {layer.name: input_rows(layer.module, inputs[layer.name]) for layer in self.layers}
-        judged: dict[str, Tensor] = {}
-        for layer in self.layers:
-            if layer.classifier not in judged:
-                classifier = next(c for c in self.layers if c.name == layer.classifier)
-                logits = output_rows(classifier.module, rows[classifier.name])
-                judged[classifier.name] = self.task.probabilities(classifier, logits, batch)
-            weights = row_weights(self.weighting, layer.kind, judged[layer.classifier])
-            self.plain[layer.name].update(rows[layer.name])
-            self.weighted[layer.name].update(rows[layer.name], weights)
+        of = weighted_rows(self.task, self.layers, self.layers, [self.weighting], inputs, batch)
+        for layer, rows, weights in of:
+            self.plain[layer.name].update(rows)
+            self.weighted[layer.name].update(rows, weights[self.weighting])
 
     def shifts(self, method: Method) -> dict[str, Tensor]:
         """Return what a shift by a spectral method would write, layer name → ``(out, d)``."""

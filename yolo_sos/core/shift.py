@@ -207,6 +207,42 @@ def layer_outputs(
     return outputs
 
 
+def weighted_rows(
+    task: Task,
+    layers: Sequence[FinalLayer],
+    wanted: Sequence[FinalLayer],
+    weightings: Iterable[str],
+    inputs: dict[str, Tensor],
+    batch: Any,
+) -> Iterator[tuple[FinalLayer, Tensor, dict[str, Tensor]]]:
+    """Yield each layer of ``wanted`` with its input rows ``(n, d)`` and their weights ``(n, groups)`` by weighting.
+
+    Args:
+        task (Task): Tells the class probabilities of a row from what its class layer says.
+        layers (Sequence[FinalLayer]): All final layers, the class layers among them.
+        wanted (Sequence[FinalLayer]): Those to yield.
+        weightings (Iterable[str]): See ``row_weights``.
+        inputs (dict[str, Tensor]): Layer name → its input.
+        batch (Any): The batch that they are of.
+    """
+    rows = {layer.name: input_rows(layer.module, inputs[layer.name]) for layer in layers}
+    by_name = {layer.name: layer for layer in layers}
+    probabilities: dict[str, Tensor] = {}
+    for layer in wanted:
+        if layer.classifier not in probabilities:
+            classifier = by_name[layer.classifier]
+            logits = output_rows(classifier.module, rows[classifier.name])
+            probabilities[classifier.name] = task.probabilities(classifier, logits, batch)
+        weights = {}
+        for weighting in weightings:
+            p = probabilities[layer.classifier]
+            if weighting == "confidence" and layer.kind == "linear":
+                # A label is certain of itself; how decided a row is, only the prediction tells.
+                p = output_rows(layer.module, rows[layer.name]).softmax(1)
+            weights[weighting] = row_weights(weighting, layer.kind, p)
+        yield layer, rows[layer.name], weights
+
+
 class Collector:
     """What the inputs of the final layers say, for one method or for many: images run through the model only once.
 
@@ -249,23 +285,10 @@ class Collector:
 
         What ``run_batches`` hands over: the output is not needed.
         """
-        rows = {layer.name: input_rows(layer.module, inputs[layer.name]) for layer in self.layers}
-        by_name = {layer.name: layer for layer in self.layers}
-        probabilities: dict[str, Tensor] = {}
-        for layer in self.shifted:
-            if layer.classifier not in probabilities:
-                classifier = by_name[layer.classifier]
-                logits = output_rows(classifier.module, rows[classifier.name])
-                probabilities[classifier.name] = self.task.probabilities(classifier, logits, batch)
-            weights: dict[Any, Tensor] = {}
+        weightings = {weighting for weighting, *_ in self._collected}
+        for layer, rows, weights in weighted_rows(self.task, self.layers, self.shifted, weightings, inputs, batch):
             for (weighting, *_), collected in self._collected.items():
-                if weighting not in weights:
-                    p = probabilities[layer.classifier]
-                    if weighting == "confidence" and layer.kind == "linear":
-                        # A label is certain of itself; how decided a row is, only the prediction tells.
-                        p = output_rows(layer.module, rows[layer.name]).softmax(1)
-                    weights[weighting] = row_weights(weighting, layer.kind, p)
-                collected[layer.name].update(rows[layer.name], weights[weighting])
+                collected[layer.name].update(rows, weights[weighting])
 
     def solve(self, layer: FinalLayer, method: Method, seed: int = 0) -> ShiftResult:
         """Return one layer's shift by one of the methods."""
