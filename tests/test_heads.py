@@ -274,6 +274,21 @@ def test_the_rest_of_an_output_holds_nothing_that_final_layers_make(case):
     assert {x.untyped_storage().nbytes() for x in shapes} == {4}
 
 
+def test_a_loss_of_ones_own_gets_images_and_features_whole(case):
+    model, task, batch = case
+
+    def own(output, batch):
+        features = [] if isinstance(output, torch.Tensor) else output.get("one2many", output)["feats"]
+        return task.criterion(output, batch)[0] * (batch["img"].mean() + sum(x.mean() for x in features)), None
+
+    layers, task_of_ones_own = final_layers(model), HostTask(model, own)
+    output, inputs = forward(model, task_of_ones_own, batch, layers)
+    weights = {layer.name: layer.module.weight for layer in layers}
+    same = replayed_loss(task_of_ones_own, batch, output, inputs, layers, weights)
+    direct = task_of_ones_own.loss(output, batch)
+    assert torch.isfinite(direct) and torch.equal(same, direct)
+
+
 def first(output):
     """Return the predictions of a model's output in eval mode."""
     return output[0][0] if isinstance(output[0], tuple) else output[0]

@@ -110,6 +110,9 @@ class HostTask:
     def __init__(self, model: nn.Module, criterion: Callable[..., tuple[Tensor, Any]] | None = None):
         """Find the layers' place in the head."""
         self.criterion = criterion or model.init_criterion()  # type: ignore[operator]
+        # The host's losses ask for no more of images and features than their shape; someone else's may.
+        hosts = type(self.criterion).__module__.partition(".")[0] == "ultralytics"
+        self._needed: Callable[[Tensor], Tensor] = _shape_only if hosts else lambda x: x
         self.head = head_of(model)
         self._names = {module: name for name, module in model.named_modules()}
 
@@ -125,11 +128,11 @@ class HostTask:
         return logits.sigmoid_()  # not into memory of its own, which takes longer than the sigmoid
 
     def kept(self, batch: dict[str, Any], output: Any) -> tuple[dict[str, Any], Any]:
-        """Return the batch without its images, and the raw predictions without those that the final layers make.
+        """Return the batch, and the raw predictions without those that the final layers make.
 
-        Of the images, and of the features that the head got, nothing is asked from here on but their shape.
+        Images and the features that the head got have no memory any more where the loss is the host's.
         """
-        return {**batch, "img": _shape_only(batch["img"])}, self._rest(output)
+        return {**batch, "img": self._needed(batch["img"])}, self._rest(output)
 
     def _rest(self, output: Any) -> Any:
         if isinstance(self.head, Classify):
@@ -137,7 +140,7 @@ class HostTask:
         if "one2many" in output:
             return {name: self._rest(branch) for name, branch in output.items()}
         others = {key: value for key, value in output.items() if key not in PREDICTIONS}
-        return {k: [_shape_only(x) for x in value] if k == "feats" else value for k, value in others.items()}
+        return {k: [self._needed(x) for x in value] if k == "feats" else value for k, value in others.items()}
 
     def replay(self, rest: Any, outputs: dict[str, Tensor]) -> Any:
         """Return the predictions that other outputs of the final layers make, by the head's own ``forward_head``."""
