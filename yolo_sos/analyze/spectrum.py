@@ -120,8 +120,8 @@ class Inputs:
 
     def update(self, inputs: dict[str, Tensor], batch: Any) -> None:
         """Add a batch's inputs, layer name → tensor as the layer receives it."""
-        of = weighted_rows(self.task, self.layers, self.layers, [self.weighting], inputs, batch)
-        for layer, rows, weights in of:
+        weighted = weighted_rows(self.task, self.layers, self.layers, [self.weighting], inputs, batch)
+        for layer, rows, weights in weighted:
             self.plain[layer.name].update(rows)
             self.weighted[layer.name].update(rows, weights[self.weighting])
 

@@ -114,7 +114,7 @@ class Workbench:
     def capture(self, trials: Sequence[tuple[Method, int]]) -> Collector:
         """Run the images through the model, each once, and keep what the methods need of them.
 
-        Of the images to fit on only sums and drawn rows stay; of those held out the inputs of the final layers too.
+        Of the images to fit on only sums and drawn rows stay. Those held out stay, and what their final layers get.
 
         Args:
             trials (Sequence[tuple[Method, int]]): Methods that ``solve`` will be asked for, each with its seed.

@@ -114,9 +114,8 @@ class GroupedGram:
         self.rows += n
         if not len(self._mass):
             self._mass = torch.zeros(count, dtype=torch.float64, device=weights.device)
-        for chunk in weights.split(
-            chunk_size(weights)
-        ):  # not in float64 right away, for the sum would copy what is not
+        for chunk in weights.split(chunk_size(weights)):
+            # Not in float64 right away, for the sum would copy what is not.
             self._mass += chunk.sum(0, dtype=torch.promote_types(weights.dtype, torch.float32))
         if self._alone:
             self._single.update(features, weights[:, 0])
