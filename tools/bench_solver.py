@@ -2,7 +2,7 @@
 # yolo-sos, AGPL-3.0
 """Time every way to solve one layer against others' solvers and against the floor, with the error beside each time.
 
-    python tools/bench_solver.py                        # about two minutes on two CPU cores
+    python tools/bench_solver.py                        # about four minutes on two CPU cores
     python tools/bench_solver.py --device=0 --repeats=21
 
 Every contender gets the same A (n, d) and V (out, d) in float64, n = d/2 rows, as `rows` draws them by default, and
@@ -92,16 +92,16 @@ def measure(d: int, out: int, n: int, repeats: int, device: torch.device) -> dic
     runs = contenders(a, v, Gram(d).update(a))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     results: dict[str, Any] = {}
-    for repeat in range((repeats if d < LARGE else min(repeats, 3)) + 1):
+    for _ in range(repeats if d < LARGE else min(repeats, 3)):
         for name, run in runs.items():
+            run()  # warms up: else what ran before, and left in the caches, would count
             if device.type == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
             results[name] = run()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     best = results["svd"].norm()
     measured: dict[str, dict[str, float]] = {}
     for name, values in seconds.items():
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run all problems and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, or the number of a GPU (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=15, help="odd, and after one more that warms up (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, help="odd; each after one that warms up (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=HEADS, help="(all)")
     parser.add_argument("--name", default="solver", help="of the files in results/bench (%(default)s)")
