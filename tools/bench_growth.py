@@ -175,13 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.point:
         print(json.dumps(measure(**json.loads(args.point), repeats=args.repeats, device=args.device)))
         return
-    base = {
-        "model": args.model,
-        "imgsz": args.imgsz,
-        "classes": args.classes,
-        "batch": args.batch,
-        "method": args.method,
-    }
+    base = {axis: getattr(args, axis) for axis in AXES}
     data: dict[str, dict[str, dict[str, Any]]] = {}
     seen: dict[str, dict[str, Any]] = {}  # the base point stands on every axis
     for axis in args.axes:

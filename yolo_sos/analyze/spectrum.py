@@ -20,8 +20,8 @@ from torch import Tensor
 
 from yolo_sos.core import FinalLayer, Gram, GroupedGram, Method, Task, has_background, weight_matrix
 from yolo_sos.core.gram import as_float64
-from yolo_sos.core.shift import weighted_rows
 from yolo_sos.core.solver import OK
+from yolo_sos.core.weighting import weighted_rows
 
 LEVELS = (0.9, 0.99, 0.999, 0.9999)  # of the inputs' energy Σλ
 RANKS = (0.125, 0.25, 0.5, 0.75)  # sos_rank, fractions of d

@@ -109,7 +109,7 @@ class Workbench:
         self.heldout = HeldOut(self.task, self.checkpoint.layers)
         self.watch = Stopwatch(self.device)
         self._moments: dict[str, Gram] = {}
-        self._heldout: list[dict[str, Any]] = []  # the whole batches: what was written will run on them again
+        self._verified_on: list[dict[str, Any]] = []  # the held-out batches, whole: what is written runs on them again
 
     def capture(self, trials: Sequence[tuple[Method, int]]) -> Collector:
         """Run the images through the model, each once, and keep what the methods need of them.
@@ -123,7 +123,7 @@ class Workbench:
         collector = Collector(self.task, layers, self.shifted, trials)
 
         def hold(batch: dict[str, Any], output: Any, inputs: dict[str, Tensor]) -> None:
-            self._heldout.append(batch)
+            self._verified_on.append(batch)
             self.heldout.add(batch, output, inputs)
 
         with evaluation(self.model), InputCapture(layers) as capture:
@@ -207,7 +207,7 @@ class Workbench:
         saved = {layer.name: layer for layer in layers}
         total, images = 0.0, 0
         with evaluation(model), InputCapture(layers) as capture:
-            for batch, (_, _, inputs) in zip(self._heldout, self.heldout.batches, strict=True):
+            for batch, (_, _, inputs) in zip(self._verified_on, self.heldout.batches, strict=True):
                 output = task.forward(model, batch)
                 new = capture.take()
                 total += task.size(batch) * float(task.loss(output, batch))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from yolo_sos.core.capture import InputCapture
 from yolo_sos.core.gram import as_float64
-from yolo_sos.core.layers import FinalLayer, input_rows, output_rows, weight_matrix, write_weight
+from yolo_sos.core.layers import FinalLayer, weight_matrix, write_weight
 from yolo_sos.core.solver import (
     OK,
     SOLVERS,
@@ -26,7 +26,7 @@ from yolo_sos.core.solver import (
     principal_shift,
 )
 from yolo_sos.core.task import Task
-from yolo_sos.core.weighting import WEIGHTINGS, GroupedGram, RowSample, has_background, row_weights
+from yolo_sos.core.weighting import WEIGHTINGS, GroupedGram, RowSample, has_background, weighted_rows
 
 METHODS = ("principal", "expected", "budget", "full", "rows")
 STEPS = (1.0, 0.5, 0.25)  # parts of the largest t of V + t(V* − V), in the order in which the guard tries them; else 0
@@ -205,42 +205,6 @@ def layer_outputs(
         x = inputs[layer.name].to(weight.dtype)  # a model that ran under autocast hands over less than float32
         outputs[layer.name] = torch.func.functional_call(layer.module, parameters, x)
     return outputs
-
-
-def weighted_rows(
-    task: Task,
-    layers: Sequence[FinalLayer],
-    wanted: Sequence[FinalLayer],
-    weightings: Iterable[str],
-    inputs: dict[str, Tensor],
-    batch: Any,
-) -> Iterator[tuple[FinalLayer, Tensor, dict[str, Tensor]]]:
-    """Yield each layer of ``wanted`` with its input rows ``(n, d)`` and their weights ``(n, groups)`` by weighting.
-
-    Args:
-        task (Task): Tells the class probabilities of a row from what its class layer says.
-        layers (Sequence[FinalLayer]): All final layers, the class layers among them.
-        wanted (Sequence[FinalLayer]): Those to yield.
-        weightings (Iterable[str]): See ``row_weights``.
-        inputs (dict[str, Tensor]): Layer name → its input.
-        batch (Any): The batch that they are of.
-    """
-    rows = {layer.name: input_rows(layer.module, inputs[layer.name]) for layer in layers}
-    by_name = {layer.name: layer for layer in layers}
-    probabilities: dict[str, Tensor] = {}
-    for layer in wanted:
-        if layer.classifier not in probabilities:
-            classifier = by_name[layer.classifier]
-            logits = output_rows(classifier.module, rows[classifier.name])
-            probabilities[classifier.name] = task.probabilities(classifier, logits, batch)
-        weights = {}
-        for weighting in weightings:
-            p = probabilities[layer.classifier]
-            if weighting == "confidence" and layer.kind == "linear":
-                # A label is certain of itself; how decided a row is, only the prediction tells.
-                p = output_rows(layer.module, rows[layer.name]).softmax(1)
-            weights[weighting] = row_weights(weighting, layer.kind, p)
-        yield layer, rows[layer.name], weights
 
 
 class Collector:

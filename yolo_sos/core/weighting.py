@@ -16,13 +16,16 @@ groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from yolo_sos.core.gram import Gram, as_float64, chunk_size
+from yolo_sos.core.layers import FinalLayer, input_rows, output_rows
+from yolo_sos.core.task import Task
 
 WEIGHTINGS = ("balanced", "confidence", "uniform")
 
@@ -50,6 +53,42 @@ def row_weights(weighting: str, kind: str, probabilities: Tensor) -> Tensor:
     if weighting == "balanced":
         return p
     raise ValueError(f"weighting='{weighting}' is unknown. Choose one of {', '.join(WEIGHTINGS)}.")
+
+
+def weighted_rows(
+    task: Task,
+    layers: Sequence[FinalLayer],
+    wanted: Sequence[FinalLayer],
+    weightings: Iterable[str],
+    inputs: dict[str, Tensor],
+    batch: Any,
+) -> Iterator[tuple[FinalLayer, Tensor, dict[str, Tensor]]]:
+    """Yield each layer of ``wanted`` with its input rows ``(n, d)`` and their weights ``(n, groups)`` by weighting.
+
+    Args:
+        task (Task): Tells the class probabilities of a row from what its class layer says.
+        layers (Sequence[FinalLayer]): All final layers, the class layers among them.
+        wanted (Sequence[FinalLayer]): Those to yield.
+        weightings (Iterable[str]): See ``row_weights``.
+        inputs (dict[str, Tensor]): Layer name → its input.
+        batch (Any): The batch that they are of.
+    """
+    rows = {layer.name: input_rows(layer.module, inputs[layer.name]) for layer in layers}
+    by_name = {layer.name: layer for layer in layers}
+    probabilities: dict[str, Tensor] = {}
+    for layer in wanted:
+        if layer.classifier not in probabilities:
+            classifier = by_name[layer.classifier]
+            logits = output_rows(classifier.module, rows[classifier.name])
+            probabilities[classifier.name] = task.probabilities(classifier, logits, batch)
+        weights = {}
+        for weighting in weightings:
+            p = probabilities[layer.classifier]
+            if weighting == "confidence" and layer.kind == "linear":
+                # A label is certain of itself; how decided a row is, only the prediction tells.
+                p = output_rows(layer.module, rows[layer.name]).softmax(1)
+            weights[weighting] = row_weights(weighting, layer.kind, p)
+        yield layer, rows[layer.name], weights
 
 
 def has_background(weighting: str, kind: str) -> bool:
