@@ -1,69 +1,226 @@
 # yolo-sos, AGPL-3.0
-"""The ``sos*`` settings: defaults from ``cfg/sos.yaml``, ranges, and errors that name the key."""
+"""The settings of a training with SOS: one schema, from which the checks, ``cfg/sos.yaml``, help and docs are made.
+
+To change a setting, change it here and write the file anew: ``python -m yolo_sos.config > cfg/sos.yaml``.
+"""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from importlib import import_module
-from pathlib import Path
-from reprlib import Repr
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-if TYPE_CHECKING:
-    from yolo_sos.core import Method
+from yolo_sos.core import checks
+from yolo_sos.core.checks import Check, boolean, choice, number, optional
+from yolo_sos.core.method import METHODS, SOLVERS, WEIGHTINGS, Method
 
 CHECKPOINT_KEY = "sos"  # of a checkpoint: what was done to it, in plain values
-METHODS = ("principal", "expected", "budget", "full", "rows")
-WEIGHTINGS = ("balanced", "confidence", "uniform")
-SOLVERS = ("svd", "qr", "gauss")
-# Without their "sos_"; the others are of a training: whether, when and how far it shifts.
-SHIFT_SETTINGS = ("method", "rank", "weighting", "budget", "solver", "images", "layers", "guard")
-KINDS = ("box", "cls", "mask", "kpt", "angle", "linear")
-
-_PACKAGE = Path(__file__).resolve().parent
-# A wheel carries cfg/ inside the package; in a checkout it lies beside it.
-CFG_DIR = _PACKAGE / "cfg" if (_PACKAGE / "cfg").is_dir() else _PACKAGE.parent / "cfg"
-SOS_YAML = CFG_DIR / "sos.yaml"
-
-
+KINDS = ("box", "cls", "mask", "kpt", "angle", "linear")  # of final layers
 PEERS = ("sam", "asam", "gnp")
-# Settings of ours that act with sos=false too
-RECIPE = ("lr_steps", "mixup_alpha", "sharpness_aware", "rho", "swa", "sos_analyze")
-# Classification sets are folders: those that come along are built in the host's datasets directory on first use.
-BUILDERS = {"digits-cls": "yolo_sos.data.digits_cls"}
+SECTIONS = {
+    "sos": "Stochastic optimum shifting. `yolo-sos shift` takes those of a single shift, with or without `sos_`.",
+    "recipe": "Not of SOS, but of the recipe that it was published with: these act with sos=false too.",
+    "peers": "Not of SOS, but its peers, to compare it with or to combine it with: with sos=false too.",
+    "analyze": "Measures, and changes nothing: with sos=false too.",
+}
 
 
-def resolve_data(data: Any) -> Any:
-    """Return the path of a data set that comes with yolo-sos: ``digits.yaml``, or ``digits-cls``, built on first use.
+def _layers(key: str, value: Any) -> str | list[str]:
+    # In Ultralytics' grammar [box,cls] is a string, since its items have no quotes.
+    given = value.removeprefix("[").removesuffix("]").split(",") if isinstance(value, str) else value
+    kinds = [checks.shown(kind).strip() for kind in given] if isinstance(given, (list, tuple)) else []
+    if kinds == ["all"]:
+        return "all"
+    if not kinds or any(kind not in KINDS for kind in kinds):
+        raise checks.invalid(key, value, f"'all' or a list of {', '.join(KINDS)}")
+    return kinds
 
-    Anything else is returned as it is. What bears that name in the working directory goes first, as everywhere in
-    Ultralytics.
+
+def _lr_steps(key: str, value: Any) -> list[float]:
+    steps = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not steps or not all(type(step) is float and 0 < step < 1 for step in steps):
+        right = "a list of fractions of the epochs, each above 0 and below 1, such as [0.5,0.75], or none"
+        raise checks.invalid(key, value, right)
+    return steps
+
+
+_COUNT = number("an integer of at least 1, or none", lambda x: x >= 1, integer=True)
+_POSITIVE = number("a number above 0, or none", lambda x: x > 0)
+
+
+def _setting(default: Any, kind: str, check: Check, text: str, section: str = "sos") -> Any:
+    return field(default=default, metadata={"type": kind, "check": check, "help": text, "section": section})
+
+
+@dataclass(frozen=True)
+class SOSConfig:
+    """The settings, checked; ``cfg/sos.yaml`` shows them all.
+
+    Raises:
+        ValueError: If a value is out of range; names the key, the value and what would be right.
     """
-    if isinstance(data, str) and data in BUILDERS and not Path(data).exists():
-        return str(import_module(BUILDERS[data]).build())
-    return _resolve("datasets", data)
+
+    sos: bool = _setting(False, "bool", boolean, "turn SOS on")
+    sos_method: str = _setting(
+        "principal", "str", choice(*METHODS), "principal, expected, budget, full or rows (the paper's, Algorithm 1)"
+    )
+    sos_rank: int | float = _setting(
+        0.5,
+        "int | float",
+        checks.rank,
+        "rank kept (principal), rows expected (expected) or drawn (rows) in each layer; a float up to 1.0 is a "
+        "fraction of the layer's input size d",
+    )
+    sos_weighting: str = _setting(
+        "balanced",
+        "str",
+        choice(*WEIGHTINGS),
+        "whose outputs matter: balanced (every class, and the background, alike), confidence or uniform",
+    )
+    sos_budget: float = _setting(
+        0.01,
+        "float",
+        checks.budget,
+        "for method budget: relative change of the outputs that is allowed, at least 0 and below 1",
+    )
+    sos_solver: str = _setting(
+        "svd", "str", choice(*SOLVERS), "for method rows: svd, or gauss, the elimination of Algorithm 1"
+    )
+    sos_start: float = _setting(
+        1.0,
+        "float",
+        checks.start,
+        "fraction of the epochs before the first shift: 1.0 shifts once, at the end, 0 the untrained head too",
+    )
+    sos_interval: int = _setting(5, "int", checks.interval, "epochs from one shift to the next")
+    sos_step: float = _setting(
+        1.0, "float", checks.step, "largest step size t of V + t(V* - V), above 0 and up to 1.0"
+    )
+    sos_momentum: bool = _setting(
+        False, "bool", boolean, "apply the shift of the live weights to the optimizer's momentum as well"
+    )
+    sos_images: int | None = _setting(
+        None,
+        "int | none",
+        optional(_COUNT),
+        "training images to fit on; half as many others, at most 32, are held out; none: 8, or 3 per class if that is "
+        "more, and for a classifier no fewer than the rank",
+    )
+    sos_layers: str | list[str] = _setting(
+        "all", "str | list", _layers, f"all, or kinds of final layers: {', '.join(KINDS)}"
+    )
+    sos_guard: float | None = _setting(
+        0.01,
+        "float | none",
+        checks.guard,
+        "largest relative rise of the held-out loss; above it the shift is shortened or left out; none: no guard",
+    )
+    lr_steps: list[float] | None = _setting(
+        None,
+        "list | none",
+        optional(_lr_steps),
+        "fractions of the epochs at which the learning rate is divided by 10, such as [0.5, 0.75], in place of lrf and "
+        "cos_lr",
+        "recipe",
+    )
+    mixup_alpha: float | None = _setting(
+        None,
+        "float | none",
+        optional(_POSITIVE),
+        "classify: mix each training batch with itself, the share drawn from Beta(alpha, alpha)",
+        "recipe",
+    )
+    sharpness_aware: str | None = _setting(
+        None,
+        "str | none",
+        optional(choice(*PEERS)),
+        "sam, asam or gnp: step along the gradient at weights a step uphill, for twice the time",
+        "peers",
+    )
+    rho: float | None = _setting(
+        None,
+        "float | none",
+        optional(_POSITIVE),
+        "length of the step uphill; none: the papers' 0.05 for sam and gnp, 0.5 for asam",
+        "peers",
+    )
+    swa: float | None = _setting(
+        None,
+        "float | none",
+        optional(number("a number of at least 0 and less than 1, or none", lambda x: 0 <= x < 1)),
+        "fraction of the epochs before weights are averaged over epochs; the average takes the place of the EMA",
+        "peers",
+    )
+    sos_analyze: int | None = _setting(
+        None,
+        "int | none",
+        optional(_COUNT),
+        "measure a Hessian trace and neural collapse every so many epochs, into results.csv and analyze.png",
+        "analyze",
+    )
+
+    def __post_init__(self):
+        """Check every value."""
+        for f in fields(self):
+            object.__setattr__(self, f.name, f.metadata["check"](f.name, getattr(self, f.name)))
+        if self.rho is not None and self.sharpness_aware is None:
+            raise ValueError(f"'rho={self.rho}' needs sharpness_aware, one of {', '.join(PEERS)}.")
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> SOSConfig:
+        """Return the defaults overridden by ``settings``.
+
+        Raises:
+            ValueError: If a key is unknown or a value out of range; names the key and what would be right.
+        """
+        for key in settings:
+            if key not in KEYS:
+                near = get_close_matches(str(key), KEYS, n=1, cutoff=0.0)[0]
+                raise ValueError(f"'{key}' is not a setting of SOS. Did you mean '{near}'? See 'yolo-sos cfg'.")
+        return cls(**settings)
+
+    @classmethod
+    def of_training(cls, settings: Mapping[str, Any]) -> SOSConfig:
+        """Return the settings of a training, as ``from_dict`` does.
+
+        Raises:
+            ValueError: Also if settings of a shift are given without ``sos=true``, where they would have no effect.
+        """
+        config = cls.from_dict(settings)
+        idle = [key for key in settings if key not in ("sos", *RECIPE)]
+        if idle and "sos" not in settings:
+            given = ", ".join(f"{key}={checks.shown(settings[key])}" for key in idle)
+            raise ValueError(f"{given} without sos=true would train without SOS. Add sos=true.")
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values, as YAML and checkpoints keep them."""
+        return asdict(self)
+
+    @property
+    def stock(self) -> bool:
+        """Whether nothing is asked for that Ultralytics' own trainer does not do."""
+        return not self.sos and all(getattr(self, key) is None for key in RECIPE)
+
+    @property
+    def method(self) -> Method:
+        """The settings that say how weights are found."""
+        return Method(self.sos_method, self.sos_rank, self.sos_budget, self.sos_solver, self.sos_weighting)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of layers to shift."""
+        return KINDS if isinstance(self.sos_layers, str) else tuple(self.sos_layers)
 
 
-def resolve_model(model: Any) -> Any:
-    """Return the path of a model YAML that comes with yolo-sos, such as ``resnet18-cifar.yaml``; else as it is."""
-    return _resolve("models", model)
-
-
-def resolve_cfg(cfg: Any) -> Any:
-    """Return the path of an experiment that comes with yolo-sos, such as ``cifar/rows.yaml``; else as it is."""
-    return _resolve("experiments", cfg)
-
-
-def _resolve(folder: str, name: Any) -> Any:
-    if isinstance(name, str) and Path(name).suffix in {"", ".yaml"} and not Path(name).exists():
-        path = (CFG_DIR / folder / name).with_suffix(".yaml")
-        if path.is_file():
-            return str(path)
-    return name
+SCHEMA = {f.name: f for f in fields(SOSConfig)}  # name → field with default and metadata type, check, help, section
+KEYS = tuple(SCHEMA)
+RECIPE = tuple(key for key, f in SCHEMA.items() if f.metadata["section"] != "sos")  # settings that act with sos=false
+# Settings of a single shift, without their "sos_"; the others are of a training: whether, when and how far it shifts.
+SHIFT_SETTINGS = ("method", "rank", "weighting", "budget", "solver", "images", "layers", "guard")
 
 
 def is_sos_key(key: str) -> bool:
@@ -71,187 +228,17 @@ def is_sos_key(key: str) -> bool:
     return key == "sos" or key.startswith("sos_") or key in RECIPE
 
 
-@dataclass(frozen=True)
-class SOSConfig:
-    """The ``sos*`` settings; ``cfg/sos.yaml`` holds their defaults and says what each does.
-
-    Attributes:
-        sos (bool): On or off.
-        sos_method (str): ``principal``, ``expected``, ``budget``, ``full`` or ``rows``.
-        sos_rank (int | float): An int of at least 1, or a fraction of d in (0, 1] as a float.
-        sos_weighting (str): ``balanced``, ``confidence`` or ``uniform``.
-        sos_budget (float): In [0, 1).
-        sos_solver (str): ``svd``, ``qr`` or ``gauss``.
-        sos_start (float): In [0, 1].
-        sos_interval (int): At least 1, epochs.
-        sos_step (float): In (0, 1].
-        sos_momentum (bool): On or off.
-        sos_images (int | None): At least 1, or None.
-        sos_layers (str | list[str]): ``all`` or kinds of layers.
-        sos_guard (float | None): At least 0, or None.
-        lr_steps (list[float] | None): Fractions of the epochs, in (0, 1), or None.
-        mixup_alpha (float | None): Above 0, or None.
-        sharpness_aware (str | None): ``sam``, ``asam``, ``gnp``, or None.
-        rho (float | None): Above 0, or None.
-        swa (float | None): In [0, 1), or None.
-        sos_analyze (int | None): At least 1, epochs, or None.
-    """
-
-    sos: bool
-    sos_method: str
-    sos_rank: int | float
-    sos_weighting: str
-    sos_budget: float
-    sos_solver: str
-    sos_start: float
-    sos_interval: int
-    sos_step: float
-    sos_momentum: bool
-    sos_images: int | None
-    sos_layers: str | list[str]
-    sos_guard: float | None
-    lr_steps: list[float] | None
-    mixup_alpha: float | None
-    sharpness_aware: str | None
-    rho: float | None
-    swa: float | None
-    sos_analyze: int | None
-
-    @property
-    def stock(self) -> bool:
-        """Whether nothing is asked for that the host's own trainer does not do."""
-        return not self.sos and all(getattr(self, key) is None for key in RECIPE)
-
-    @classmethod
-    def keys(cls) -> list[str]:
-        """Return the names of all settings."""
-        return [f.name for f in fields(cls)]
-
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> SOSConfig:
-        """Return the defaults overridden by ``settings``, checked.
-
-        Raises:
-            ValueError: If a key is unknown or a value out of range; names the key, the value and what would be right.
-        """
-        keys = cls.keys()
-        for key in settings:
-            if key not in keys:
-                near = get_close_matches(str(key), keys, n=1, cutoff=0.0)[0]
-                raise ValueError(f"'{key}' is not a setting of SOS. Did you mean '{near}'? See 'yolo-sos cfg'.")
-        defaults = yaml.safe_load(SOS_YAML.read_text(encoding="utf-8"))
-        config = cls(**{key: _CHECKS[key](key, settings.get(key, defaults[key])) for key in keys})
-        if config.rho is not None and config.sharpness_aware is None:
-            raise ValueError(f"'rho={config.rho}' needs sharpness_aware, one of {', '.join(PEERS)}.")
-        return config
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values, as YAML and checkpoints keep them."""
-        return asdict(self)
-
-    def method(self) -> Method:
-        """Return the settings that say how weights are found, as the core takes them."""
-        from yolo_sos.core import Method  # loads torch, which reading settings must not
-
-        return Method(self.sos_method, self.sos_rank, self.sos_budget, self.sos_solver, self.sos_weighting)
-
-    def kinds(self) -> tuple[str, ...]:
-        """Return the kinds of layers to shift."""
-        return KINDS if isinstance(self.sos_layers, str) else tuple(self.sos_layers)
+def settings_yaml() -> str:
+    """Return ``cfg/sos.yaml``: every setting with its default, its type and what it does, by section."""
+    lines = ["# Every setting of yolo-sos for training: default, type and meaning. `yolo-sos cfg` prints this file."]
+    for section, text in SECTIONS.items():
+        lines += ["", f"# {text}"]
+        for key, f in SCHEMA.items():
+            if f.metadata["section"] == section:
+                default = yaml.safe_dump(f.default).removesuffix("...\n").strip()
+                lines.append(f"{key}: {default} # ({f.metadata['type']}) {f.metadata['help']}")
+    return "\n".join(lines) + "\n"
 
 
-_REPR = Repr()
-_REPR.maxlevel = 2  # a YAML file can hold a list that is endless when it is written out
-
-
-def _shown(value: Any) -> str:
-    return str(value) if value is None or isinstance(value, (str, int, float)) else _REPR.repr(value)
-
-
-def _error(key: str, value: Any, right: str) -> ValueError:
-    return ValueError(f"'{key}={_shown(value)}' is invalid: {key} must be {right}.")
-
-
-def _bool(key: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _error(key, value, "true or false")
-    return value
-
-
-def _choice(*choices: str):
-    def check(key: str, value: Any) -> str:
-        if value not in choices:
-            near = get_close_matches(_shown(value), choices, n=1, cutoff=0.0)[0]
-            raise _error(key, value, f"one of {', '.join(choices)}; nearest: {near}")
-        return value
-
-    return check
-
-
-def _real(right: str, accept, integer: bool = False):
-    """Return a check for a finite number that ``accept`` takes; ``right`` says in words what that is."""
-
-    def check(key: str, value: Any):
-        number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
-        if not number or not abs(value) <= sys.float_info.max or not accept(value):  # NaN is not, either
-            raise _error(key, value, right)
-        return value if integer else float(value)
-
-    return check
-
-
-def _rank(key: str, value: Any) -> int | float:
-    right = "an integer of at least 1, or a fraction of d: a float above 0 and up to 1.0"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _error(key, value, right)
-    if not (value >= 1 if isinstance(value, int) else 0.0 < value <= 1.0):
-        raise _error(key, value, right)
-    return value
-
-
-def _layers(key: str, value: Any) -> str | list[str]:
-    # The host's grammar leaves [box,cls] a text, since its items have no quotes.
-    given = value.removeprefix("[").removesuffix("]").split(",") if isinstance(value, str) else value
-    kinds = [_shown(kind).strip() for kind in given] if isinstance(given, (list, tuple)) else []
-    if kinds == ["all"]:
-        return "all"
-    wrong = [kind for kind in kinds if kind not in KINDS]
-    if wrong or not kinds:
-        raise _error(key, value, f"'all' or a list of {', '.join(KINDS)}")
-    return kinds
-
-
-def _optional(check):
-    """Return a check that also takes None: YAML knows 'null', users write 'none'."""
-    return lambda key, value: None if _shown(value).lower() == "none" else check(key, value)
-
-
-def _steps(key: str, value: Any) -> list[float]:
-    right = "a list of fractions of the epochs, each above 0 and below 1, such as [0.5,0.75], or none"
-    steps = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not steps or not all(type(step) is float and 0 < step < 1 for step in steps):
-        raise _error(key, value, right)
-    return steps
-
-
-_CHECKS = {
-    "sos": _bool,
-    "sos_method": _choice(*METHODS),
-    "sos_rank": _rank,
-    "sos_weighting": _choice(*WEIGHTINGS),
-    "sos_budget": _real("a number of at least 0 and less than 1", lambda x: 0 <= x < 1),
-    "sos_solver": _choice(*SOLVERS),
-    "sos_start": _real("a number from 0 to 1", lambda x: 0 <= x <= 1),
-    "sos_interval": _real("an integer of at least 1", lambda x: x >= 1, integer=True),
-    "sos_step": _real("a number above 0 and up to 1", lambda x: 0 < x <= 1),
-    "sos_momentum": _bool,
-    "sos_images": _optional(_real("an integer of at least 1, or none", lambda x: x >= 1, integer=True)),
-    "sos_layers": _layers,
-    "sos_guard": _optional(_real("a number of at least 0, or none", lambda x: x >= 0)),
-    "lr_steps": _optional(_steps),
-    "mixup_alpha": _optional(_real("a number above 0, or none", lambda x: x > 0)),
-    "sharpness_aware": _optional(_choice(*PEERS)),
-    "rho": _optional(_real("a number above 0, or none", lambda x: x > 0)),
-    "swa": _optional(_real("a number of at least 0 and less than 1, or none", lambda x: 0 <= x < 1)),
-    "sos_analyze": _optional(_real("an integer of at least 1, or none", lambda x: x >= 1, integer=True)),
-}
+if __name__ == "__main__":
+    print(settings_yaml(), end="")

@@ -1,53 +1,51 @@
 # yolo-sos, AGPL-3.0
-"""The method, on torch alone: solvers, accumulators, capture, and the shift of a model's final layers."""
+"""The method, on torch alone: layers, moments, solvers, the engine, and SOS, the object for a training loop."""
 
-from yolo_sos.core.capture import InputCapture
-from yolo_sos.core.gram import Gram
-from yolo_sos.core.layers import FinalLayer, input_rows, weight_matrix
-from yolo_sos.core.plain import ModelTask, last_linear, shift_model
-from yolo_sos.core.shift import METHODS, LayerRecord, Method, ShiftReport, shift_layers
-from yolo_sos.core.solver import (
-    NON_FINITE,
-    OK,
-    RANK_ZERO,
-    SOLVERS,
-    ShiftResult,
-    budgeted_shift,
-    expected_shift,
-    minimum_norm_shift,
-    principal_shift,
-)
-from yolo_sos.core.task import ClassifierTask, Task
-from yolo_sos.core.weighting import WEIGHTINGS, GroupedGram, RowSample, has_background, row_weights
+from yolo_sos._lazy import lazy_exports
 
-__all__ = [
-    "METHODS",
-    "NON_FINITE",
-    "OK",
-    "RANK_ZERO",
-    "SOLVERS",
-    "WEIGHTINGS",
-    "ClassifierTask",
-    "FinalLayer",
-    "Gram",
-    "GroupedGram",
-    "InputCapture",
-    "LayerRecord",
-    "Method",
-    "ModelTask",
-    "RowSample",
-    "ShiftReport",
-    "ShiftResult",
-    "Task",
-    "budgeted_shift",
-    "expected_shift",
-    "has_background",
-    "input_rows",
-    "last_linear",
-    "minimum_norm_shift",
-    "principal_shift",
-    "row_weights",
-    "shift_layers",
-    "shift_model",
-    "weight_matrix",
-]
+_MODULES = {  # public name → module; imported when first asked for: reading settings must not load torch
+    "FinalLayer": "yolo_sos.core.layers",
+    "check_linear": "yolo_sos.core.layers",
+    "input_rows": "yolo_sos.core.layers",
+    "weight_matrix": "yolo_sos.core.layers",
+    "output_rows": "yolo_sos.core.layers",
+    "write_weight": "yolo_sos.core.layers",
+    "select_layers": "yolo_sos.core.layers",
+    "last_layer": "yolo_sos.core.layers",
+    "layer_output": "yolo_sos.core.layers",
+    "InputCapture": "yolo_sos.core.capture",
+    "evaluation": "yolo_sos.core.capture",
+    "original_module": "yolo_sos.core.capture",
+    "METHODS": "yolo_sos.core.method",
+    "SOLVERS": "yolo_sos.core.method",
+    "WEIGHTINGS": "yolo_sos.core.method",
+    "Method": "yolo_sos.core.method",
+    "Moments": "yolo_sos.core.moments",
+    "RowSample": "yolo_sos.core.moments",
+    "as_float64": "yolo_sos.core.moments",
+    "NON_FINITE": "yolo_sos.core.solvers",
+    "OK": "yolo_sos.core.solvers",
+    "RANK_ZERO": "yolo_sos.core.solvers",
+    "ShiftResult": "yolo_sos.core.solvers",
+    "minimum_norm_shift": "yolo_sos.core.solvers",
+    "principal_shift": "yolo_sos.core.solvers",
+    "expected_shift": "yolo_sos.core.solvers",
+    "budgeted_shift": "yolo_sos.core.solvers",
+    "row_groups": "yolo_sos.core.weighting",
+    "has_background": "yolo_sos.core.weighting",
+    "LayerRows": "yolo_sos.core.weighting",
+    "Task": "yolo_sos.core.tasks",
+    "ModelTask": "yolo_sos.core.tasks",
+    "LayerReport": "yolo_sos.core.report",
+    "ShiftReport": "yolo_sos.core.report",
+    "Engine": "yolo_sos.core.engine",
+    "HeldOut": "yolo_sos.core.engine",
+    "Shift": "yolo_sos.core.engine",
+    "layer_outputs": "yolo_sos.core.engine",
+    "Stopwatch": "yolo_sos.core.engine",
+    "SOS": "yolo_sos.core.sos",
+    "is_due": "yolo_sos.core.sos",
+    "shift_model": "yolo_sos.core.sos",
+}
+__all__ = sorted(_MODULES)
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

@@ -1,9 +1,10 @@
 # yolo-sos, AGPL-3.0
-"""The inputs of chosen layers while a model runs."""
+"""Run a model as it was written, in evaluation mode, and capture the inputs of chosen layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -13,58 +14,88 @@ from yolo_sos.core.layers import FinalLayer
 
 
 class InputCapture:
-    """Forward pre-hooks that keep the inputs of chosen layers; a context manager.
+    """Forward pre-hooks that capture the inputs of chosen layers; a context manager.
 
-    The hooks are removed on leaving, however that happens. Inputs are kept as the layer receives them (``nn.Linear``
+    The hooks are removed on leaving, whatever happens. Inputs are captured as the layer receives them (``nn.Linear``
     ``(..., d)``, ``nn.Conv2d`` ``(B, d, H, W)``), detached, neither copied nor moved.
 
     Args:
         layers (Sequence[FinalLayer]): The layers to watch.
 
-    Attributes:
-        inputs (dict[str, Tensor]): Layer name → input of its latest call. Empty again after ``clear()``.
-
     Examples:
-        >>> with InputCapture(final_layers(model)) as capture:
+        >>> with InputCapture(layers) as capture:
         ...     model(images)
-        ...     rows = input_rows(layer.module, capture.inputs[layer.name])
+        ...     inputs = capture.take()  # layer name → input
     """
 
     def __init__(self, layers: Sequence[FinalLayer]):
-        """Remember the layers; hooks come with ``__enter__``."""
+        """Remember the layers; hooks are registered by ``__enter__``."""
         self.layers = layers
-        self.inputs: dict[str, Tensor] = {}
+        self._inputs: dict[str, list[Tensor]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def _keep(self, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        self.inputs[name] = (args[0] if args else kwargs["input"]).detach()
+    def _append(self, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        self._inputs.setdefault(name, []).append((args[0] if args else kwargs["input"]).detach())
 
     def __enter__(self) -> InputCapture:
         """Register one hook per layer."""
         for layer in self.layers:
-            hook = partial(self._keep, layer.name)
+            hook = partial(self._append, layer.name)
             self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *exc) -> None:
-        """Remove every hook and let the inputs go."""
+        """Remove every hook and release the inputs."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.clear()
-
-    def clear(self) -> None:
-        """Let the captured inputs go."""
-        self.inputs = {}
+        self._inputs = {}
 
     def take(self) -> dict[str, Tensor]:
-        """Return the inputs of the latest forward pass and forget them.
+        """Return the inputs of the last forward pass, by layer name, and release them.
 
         Raises:
-            RuntimeError: If a layer did not run: its name is not a final layer of this forward pass.
+            RuntimeError: If a layer did not run exactly once: its outputs could not be replayed. Names the layer.
         """
-        missing = [layer.name for layer in self.layers if layer.name not in self.inputs]
-        if missing:
-            raise RuntimeError(f"The forward pass did not reach {', '.join(missing)}: not a layer of this output.")
-        inputs, self.inputs = self.inputs, {}
-        return inputs
+        inputs, self._inputs = self._inputs, {}
+        for layer in self.layers:
+            if (runs := len(inputs.get(layer.name, []))) != 1:
+                hint = (
+                    "it is not a layer of this output, or it runs inside code compiled by torch.compile: use the "
+                    "module that was compiled"
+                    if runs == 0
+                    else "its calls cannot be told apart: only layers that run once can be shifted"
+                )
+                raise RuntimeError(f"Layer '{layer.name}' ran {runs} times in one forward pass, not once: {hint}.")
+        return {name: calls[0] for name, calls in inputs.items()}
+
+
+def original_module(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` wrapped, or the model itself; hooks do not fire in compiled code."""
+    return getattr(model, "_orig_mod", model)
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients and without compiled code.
+
+    Every module's own train or eval mode is restored, whatever happens.
+
+    Raises:
+        TypeError: If parts of the model are compiled and this torch cannot run them as they were written.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    compiled = any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules())
+    if compiled and not hasattr(torch.compiler, "set_stance"):
+        raise TypeError(
+            "Parts of the model are compiled by torch.compile, where inputs cannot be captured. Use the module that was "
+            "compiled, or torch 2.6 or newer."
+        )
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    try:
+        model.eval()
+        with torch.no_grad(), eager:
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode  # not train(), which would unfreeze frozen BatchNorm layers below

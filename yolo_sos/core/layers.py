@@ -1,12 +1,17 @@
 # yolo-sos, AGPL-3.0
-"""Linear layers as matrices: ``Z = A Vᵀ + b`` for ``nn.Linear`` and 1×1 ``nn.Conv2d``."""
+"""Linear layers as matrices: ``Z = A Vᵀ + b`` for ``nn.Linear`` and 1×1 ``nn.Conv2d``; and which ones to take."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Layers = str | nn.Module | Sequence[str | nn.Module]
 
 
 @dataclass(frozen=True)
@@ -17,19 +22,19 @@ class FinalLayer:
         name (str): Qualified name in the model, as in ``named_modules()``.
         module (nn.Module): The ``nn.Linear`` or 1×1 ``nn.Conv2d``.
         kind (str): What its outputs mean: ``box``, ``cls``, ``mask``, ``kpt``, ``angle`` or ``linear``.
-        scale (int): Detection level, 0 for the finest. Always 0 for ``linear``.
-        classifier (str): Name of the layer whose outputs say which class a row of this layer's input holds: the class
-            layer of the same level and branch, or the layer itself.
+        level (int): Detection level, 0 for the finest. Always 0 for ``linear``.
+        classifier (str): Name of the layer whose outputs give the class of a row of this layer's input: the class layer
+            of the same level and branch, or the layer itself.
     """
 
     name: str
     module: nn.Module
     kind: str = "linear"
-    scale: int = 0
+    level: int = 0
     classifier: str = ""
 
     def __post_init__(self):
-        """Refuse what is not a linear map of rows, and let a layer without a classifier be its own."""
+        """Refuse what is not a linear map of rows; a layer without a classifier is its own."""
         check_linear(self.module, self.name)
         if not self.classifier:
             object.__setattr__(self, "classifier", self.name)
@@ -46,7 +51,7 @@ def check_linear(module: nn.Module, name: str = "layer") -> None:
         raise TypeError(f"{name} is a {type(module).__name__}; a final layer is an nn.Linear or a 1×1 nn.Conv2d.")
     if "weight" not in module._parameters:
         raise ValueError(
-            f"{name} computes its weight from other parameters (weight norm, pruning): what is written to it is lost."
+            f"{name} computes its weight from other parameters (weight norm, pruning): a new weight would be lost."
         )
     if isinstance(module, nn.Linear):
         return
@@ -60,6 +65,104 @@ def check_linear(module: nn.Module, name: str = "layer") -> None:
         )
     if module.padding not in {(0, 0), "valid", "same"}:
         raise ValueError(f"{name} has padding={module.padding}: padded pixels would be rows of zeros. Use padding=0.")
+
+
+def check_unshared(model: nn.Module, layers: Sequence[FinalLayer]) -> None:
+    """Raise a ``ValueError`` that names a layer whose weight another module holds, too.
+
+    Writing such a weight changes the layer's own inputs (a language model whose head is its embedding), so no loss that
+    was predicted for it would be true.
+    """
+    owners: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.numel():  # compared by memory: `.data` can be shared, too
+                owners.setdefault(parameter.data_ptr(), []).append(f"{prefix}.{name}" if prefix else name)
+    for layer in layers:
+        own = f"{layer.name}.weight" if layer.name else "weight"
+        others = [name for name in owners.get(layer.module.weight.data_ptr(), []) if name != own]  # type: ignore[operator, union-attr]
+        if others:
+            raise ValueError(
+                f"{own} is shared with {', '.join(others)}: a shift would change the layer's own inputs. Untie the "
+                "weights, or choose other layers."
+            )
+
+
+def select_layers(model: nn.Module, layers: Layers) -> list[FinalLayer]:
+    """Return the final layers of a model that are named by ``layers``.
+
+    Args:
+        model (nn.Module): The model.
+        layers (str | nn.Module | Sequence): A module of the model, its qualified name, a glob of names (``head.*``), or
+            several of these. Of what a glob matches, only ``nn.Linear`` and ``nn.Conv2d`` are taken.
+
+    Raises:
+        ValueError: If something names no layer of the model, or a layer is not linear; names it.
+        TypeError: If a named module is not a linear layer.
+    """
+    modules = dict(model.named_modules())
+    names = {module: name for name, module in modules.items()}
+    found: dict[str, FinalLayer] = {}
+    for item in [layers] if isinstance(layers, (str, nn.Module)) else layers:
+        if isinstance(item, nn.Module):
+            if item not in names:
+                raise ValueError(f"{type(item).__name__}(…) is not a module of this {type(model).__name__}.")
+            matches = [names[item]]
+        elif item in modules:
+            matches = [item]
+        else:
+            matches = [
+                name
+                for name, module in modules.items()
+                if fnmatchcase(name, item) and isinstance(module, (nn.Linear, nn.Conv2d))
+            ]
+        if not matches:
+            linear = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
+            raise ValueError(
+                f"layers='{item}' names no nn.Linear or nn.Conv2d of this {type(model).__name__}. The last ones that it "
+                f"has: {', '.join(linear[-5:]) or 'none'}."
+            )
+        for name in matches:
+            found[name] = FinalLayer(name, modules[name])
+    if not found:
+        raise ValueError("layers is empty: there is no layer to shift.")
+    return list(found.values())
+
+
+def last_layer(model: nn.Module, run: Callable[[], Any]) -> FinalLayer:
+    """Return the layer that runs last in a forward pass, if it is an ``nn.Linear`` or a 1×1 ``nn.Conv2d``.
+
+    Args:
+        model (nn.Module): The model.
+        run (Callable): Runs the model on a batch.
+
+    Raises:
+        TypeError: If what runs last is another module with weights, quantized, or an adapter; asks for ``layers``.
+        ValueError: If it is not linear in each row or pixel.
+    """
+    order: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: order.append(name))  # type: ignore[misc]
+        for name, module in model.named_modules()
+        if module._parameters or "quantized" in type(module).__module__
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not order:
+        raise TypeError(f"{type(model).__name__} runs no module with weights: there is no layer to shift.")
+    name = order[-1]
+    module = model.get_submodule(name)
+    adapter = any(part.startswith("lora_") for part in name.split("."))
+    if adapter or not isinstance(module, (nn.Linear, nn.Conv2d)):
+        what = "part of an adapter" if adapter else f"a {type(module).__module__}.{type(module).__name__}"
+        raise TypeError(
+            f"The last layer that {type(model).__name__} runs is '{name}', {what}, which cannot be shifted. Name the "
+            "final nn.Linear or 1×1 nn.Conv2d: layers='…'."
+        )
+    return FinalLayer(name, module)
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
@@ -93,6 +196,13 @@ def output_rows(module: nn.Module, rows: Tensor) -> Tensor:
     bias = module.bias
     weight = weight_matrix(module)
     return torch.nn.functional.linear(rows.to(weight.dtype), weight, None if bias is None else bias.detach())  # type: ignore[operator]
+
+
+def layer_output(layer: FinalLayer, weight: Tensor, x: Tensor) -> Tensor:
+    """Return what a layer makes of its input ``x`` with another ``weight`` ``(out, d)``; the layer stays as it is."""
+    parameters = {"weight": weight.view_as(layer.module.weight)}  # type: ignore[arg-type]
+    x = x.to(weight.dtype)  # a model that ran under autocast captures less than float32
+    return torch.func.functional_call(layer.module, parameters, x)
 
 
 def write_weight(module: nn.Module, weight: Tensor) -> None:

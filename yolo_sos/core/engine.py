@@ -1,0 +1,389 @@
+# yolo-sos, AGPL-3.0
+"""The engine of every shift: run batches, accumulate the inputs of the final layers, solve, judge, write, report."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yolo_sos.core.capture import InputCapture, evaluation
+from yolo_sos.core.layers import FinalLayer, check_unshared, layer_output, weight_matrix, write_weight
+from yolo_sos.core.method import Method
+from yolo_sos.core.moments import CAPACITY, Moments, RowSample, as_float64
+from yolo_sos.core.report import LayerReport, ShiftReport
+from yolo_sos.core.solvers import OK, ShiftResult, solve
+from yolo_sos.core.tasks import Task
+from yolo_sos.core.weighting import LayerRows, has_background
+
+STEPS = (1.0, 0.5, 0.25)  # parts of the largest t of V + t(V* − V), in the order in which the guard tries them; else 0
+FAITHFUL = 1e-3  # relative difference of a replayed loss from the model's own: far above rounding, far below a mistake
+
+
+class Stopwatch:
+    """Wall time by phase; waits for the device first, so that each phase is charged for its own kernels."""
+
+    def __init__(self, device: torch.device):
+        """Start the clock."""
+        self.device = device
+        self.milliseconds = dict.fromkeys(("sample", "forward", "rows", "solve", "guard", "write"), 0.0)
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> float:
+        """Charge what passed since the last lap to ``phase`` and return it, in milliseconds."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        passed, self._last = 1e3 * (now - self._last), now
+        self.milliseconds[phase] = self.milliseconds.get(phase, 0.0) + passed
+        return passed
+
+
+@dataclass(frozen=True)
+class Shift:
+    """The shift of all chosen layers by one method; nothing is written yet.
+
+    Attributes:
+        method (Method): How.
+        seed (int): Seed of drawn rows.
+        layers (list[FinalLayer]): The layers.
+        results (dict[str, ShiftResult]): Layer name → its shift.
+        rows (dict[str, int]): Layer name → rows that were seen.
+        milliseconds (dict[str, float]): Layer name → time to solve.
+    """
+
+    method: Method
+    seed: int
+    layers: list[FinalLayer]
+    results: dict[str, ShiftResult]
+    rows: dict[str, int]
+    milliseconds: dict[str, float]
+
+    @property
+    def status(self) -> str:
+        """``ok``, or the status of the first layer that failed."""
+        return next((r.status for r in self.results.values() if r.status != OK), OK)
+
+    def weights(self, step: float = 1.0) -> dict[str, Tensor]:
+        """Return ``V + t(V* − V)`` by layer name, ``(out, d)``, in the layer's dtype and device."""
+        return {
+            layer.name: interpolate_weight(weight_matrix(layer.module), self.results[layer.name].weight, step)
+            for layer in self.layers
+        }
+
+
+def interpolate_weight(weight: Tensor, target: Tensor, step: float) -> Tensor:
+    """Return ``V + step · (V* − V)`` in V's dtype and device; V itself for 0, V* itself for 1."""
+    if step in {0.0, 1.0}:
+        return weight if step == 0.0 else target
+    v, end = as_float64(weight), as_float64(target)
+    return (v + step * (end - v)).to(weight.dtype).to(weight.device)
+
+
+class Engine:
+    """Shifts of a model's final layers by one method or by many, from one pass over the images.
+
+    Args:
+        model (nn.Module): The model that the layers belong to.
+        layers (Sequence[FinalLayer]): The layers to shift.
+        task (Task): How to run and judge a batch.
+        trials (Iterable[tuple[Method, int]]): The methods that ``solve`` will be asked for, each with the seed of its
+            drawing. Methods that need the same of the rows share it.
+
+    Attributes:
+        watched (list[FinalLayer]): The layers to shift, and the others whose inputs the task needs.
+        watch (Stopwatch): Time by phase.
+
+    Raises:
+        ValueError: If there is no layer to shift, or another module shares a layer's weight.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[FinalLayer],
+        task: Task,
+        trials: Iterable[tuple[Method, int]] = (),
+    ):
+        """Check the layers; nothing runs yet."""
+        self.model, self.task = model, task
+        self.layers = list(layers)
+        if not self.layers:
+            raise ValueError("There is no layer to shift.")
+        check_unshared(model, self.layers)
+        self.watched = list({layer.name: layer for layer in (*task.layers, *layers)}.values())
+        self.watch = Stopwatch(self.layers[0].module.weight.device)  # type: ignore[arg-type]
+        self._accumulators: dict[tuple[Any, ...], dict[str, Moments | RowSample]] = {
+            _cache_key(method, seed): {} for method, seed in trials
+        }
+
+    def run(
+        self, batches: Iterable[Any], add: Callable[[Any, Any, dict[str, Tensor]], None], phase: str = "forward"
+    ) -> None:
+        """Run the model on batches, and hand each with its output and the inputs of all layers to ``add``.
+
+        What ``add`` takes is charged to ``phase``. On return nothing of the last batch is left in memory.
+
+        Raises:
+            RuntimeError: If a layer does not run exactly once in a forward pass.
+        """
+        with evaluation(self.model), InputCapture(self.watched) as capture:
+            for batch in batches:
+                self.watch.lap("sample")
+                output = self.task.run(self.model, batch)
+                inputs = capture.take()
+                self.watch.lap("forward")
+                add(batch, output, inputs)
+                del output, inputs
+                self.watch.lap(phase)
+
+    def fit(self, batches: Iterable[Any]) -> None:
+        """Accumulate what the methods need of the final layers' inputs.
+
+        Raises:
+            ValueError: If no batch had a row.
+            RuntimeError: If a layer does not run exactly once in a forward pass.
+        """
+        generators = {key: torch.Generator().manual_seed(key[-1] if len(key) > 1 else 0) for key in self._accumulators}
+
+        def add(batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
+            rows = LayerRows(self.task, self.watched, inputs, batch)
+            for layer in self.layers:
+                for key, accumulators in self._accumulators.items():
+                    if layer.name not in accumulators:
+                        accumulators[layer.name] = _accumulator(key, layer, rows.classes(layer), generators[key])
+                    accumulator = accumulators[layer.name]
+                    groups, weights = rows.groups(layer, key[0])
+                    if isinstance(accumulator, Moments):
+                        accumulator.update(rows.of(layer), weights)
+                    else:
+                        accumulator.update(rows.of(layer), groups, weights)
+
+        self.run(batches, add, "rows")
+        if not any(a.rows for of in self._accumulators.values() for a in of.values()):
+            raise ValueError("There is nothing to fit on: no batch had a row.")
+
+    def release(self) -> None:
+        """Release what was accumulated: other batches need the memory."""
+        self._accumulators = {}
+
+    def hold_out(self, batches: Iterable[Any]) -> HeldOut:
+        """Run held-out batches and return the task loss on them, as a function of the layers' weights."""
+        heldout = HeldOut(self.model, self.task, self.watched)
+        self.run(batches, heldout.add, "guard")
+        return heldout
+
+    def solve(self, method: Method, seed: int = 0) -> Shift:
+        """Return the shift of all chosen layers by one of the methods."""
+        accumulators = self._accumulators[_cache_key(method, seed)]
+        results, milliseconds = {}, {}
+        self.watch.lap("solve")
+        for layer in self.layers:
+            results[layer.name] = solve(method, accumulators[layer.name], weight_matrix(layer.module))
+            milliseconds[layer.name] = self.watch.lap("solve")
+        rows = {layer.name: accumulators[layer.name].rows for layer in self.layers}
+        return Shift(method, seed, self.layers, results, rows, milliseconds)
+
+    def moments(self, layer: FinalLayer, method: Method, seed: int = 0) -> Moments:
+        """Return the second moment of a layer's rows that a method is solved with."""
+        accumulator = self._accumulators[_cache_key(method, seed)][layer.name]
+        return accumulator.moments if isinstance(accumulator, RowSample) else accumulator
+
+    def accept(
+        self, shift: Shift, heldout: HeldOut | None, guard: float | None, largest: float = 1.0
+    ) -> tuple[float, float, float]:
+        """Return the accepted step size, and the held-out loss before and after it.
+
+        Args:
+            shift (Shift): The shift.
+            heldout (HeldOut, optional): Held-out batches. None, or empty: there is nothing to judge on, hence no guard.
+            guard (float, optional): Largest relative rise of the held-out loss. Where the largest step rises more, ½
+                and ¼ of it are tried, then 0. None: no guard; the losses are reported all the same.
+            largest (float): Largest step, in (0, 1].
+        """
+        before = heldout.before if heldout else math.nan
+        if shift.status != OK:
+            return 0.0, before, before
+        if heldout is None or not heldout.images:
+            return largest, math.nan, math.nan
+        if guard is None:
+            after = heldout.loss(shift.weights(largest))
+            self.watch.lap("guard")
+            return largest, before, after
+        for step in (part * largest for part in STEPS) if math.isfinite(before) else ():
+            after = heldout.loss(shift.weights(step))
+            if after <= before + guard * abs(before):  # False for a loss of NaN
+                self.watch.lap("guard")
+                return step, before, after
+        self.watch.lap("guard")
+        return 0.0, before, before
+
+    def write(self, shift: Shift, step: float, optimizer_state: Mapping[str, Sequence[Tensor]] | None = None) -> None:
+        """Write the weights at a step along the shift, or nothing at all if that raises.
+
+        Args:
+            shift (Shift): The shift.
+            step (float): The step size t; 0 writes nothing.
+            optimizer_state (Mapping[str, Sequence[Tensor]], optional): Layer name → tensors of its weight's shape that
+                take the same linear map as the weight: an optimizer's momentum, which otherwise moves the weight back.
+        """
+        if step == 0.0:
+            return
+        beside = [(x, shift.results[name], x.clone()) for name, xs in (optimizer_state or {}).items() for x in xs]
+        new = shift.weights(step)
+        before = {layer.name: weight_matrix(layer.module).clone() for layer in shift.layers}
+        try:
+            for layer in shift.layers:
+                write_weight(layer.module, new[layer.name])
+            for tensor, result, old in beside:
+                tensor.copy_(result.apply(old, step))
+        except BaseException:  # KeyboardInterrupt too
+            for layer in shift.layers:
+                write_weight(layer.module, before[layer.name])
+            for tensor, _, old in beside:
+                tensor.copy_(old)
+            raise
+        self.watch.lap("write")
+
+    def report(
+        self, shift: Shift, step: float, before: float, after: float, guard: float | None
+    ) -> ShiftReport:
+        """Return the report of a shift that was accepted with ``step`` and written, or refused with 0."""
+        new = shift.weights(0.0)  # as they are in the model now
+        layers = []
+        for layer in shift.layers:
+            result = shift.results[layer.name]
+            norm = float(as_float64(new[layer.name]).norm()) if step > 0 else result.norm_before
+            layers.append(
+                LayerReport(
+                    layer.name,
+                    layer.kind,
+                    layer.level,
+                    new[layer.name].shape[1],
+                    shift.rows[layer.name],
+                    result.rank,
+                    result.norm_before,
+                    norm,
+                    step * result.deviation,
+                    result.status,
+                )
+            )
+        return ShiftReport(tuple(layers), before, after, step, guard, self.watch.milliseconds)
+
+
+class HeldOut:
+    """The task loss on held-out batches as a function of the final layers' weights.
+
+    Each batch runs through the model once, which gives the loss as it is. For other weights only the final layers and
+    what follows them are evaluated, on their captured inputs, where the task can replay its outputs; otherwise the model
+    runs again, with these weights written for the time being.
+
+    Attributes:
+        images (int): Number of images.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, layers: Sequence[FinalLayer]):
+        """Start empty; ``layers`` are all that the task needs for ``replay``."""
+        self.model, self.task, self.layers = model, task, layers
+        self.images = 0
+        self._total = 0.0  # of the losses of the images
+        self._batches: list[tuple[Any, Any, dict[str, Tensor] | None]] = []  # batch, state, inputs; None: run again
+
+    def add(self, batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
+        """Add a batch; keep of it what another loss needs.
+
+        Raises:
+            RuntimeError: If the outputs that the final layers give on their inputs do not give the model's loss.
+        """
+        size, loss = self.task.size(batch), float(self.task.loss(output, batch))
+        self.images += size
+        self._total += size * loss
+        state = self.task.replay_state(batch, output)
+        self._batches.append((batch, None, None) if state is None else (*state, inputs))
+        if state is not None and len(self._batches) == 1:
+            del batch, output
+            again = self._loss({}, *self._batches[0])
+            if math.isfinite(loss) and not abs(again - loss) <= FAITHFUL * abs(loss) + 1e-6:
+                raise RuntimeError(
+                    f"The final layers give a loss of {again:.6g} on their captured inputs, the model {loss:.6g}: what "
+                    "follows them cannot be replayed, so no shift of this model can be judged."
+                )
+
+    @property
+    def before(self) -> float:
+        """The mean loss per image of the model as it ran; nan without images."""
+        return self._total / self.images if self.images else math.nan
+
+    @property
+    def inputs(self) -> Iterator[dict[str, Tensor]]:
+        """The captured inputs of each batch, where outputs are replayed."""
+        return (inputs for _, _, inputs in self._batches if inputs is not None)
+
+    def loss(self, weights: dict[str, Tensor]) -> float:
+        """Return the mean loss per image with ``weights`` (layer name → ``(out, d)``); other layers keep theirs."""
+        with evaluation(self.model):
+            total = sum(self.task.size(batch) * self._loss(weights, batch, *rest) for batch, *rest in self._batches)
+        return total / self.images if self.images else math.nan
+
+    def _loss(self, weights: dict[str, Tensor], batch: Any, state: Any, inputs: dict[str, Tensor] | None) -> float:
+        # No names for what is large: it would stay in memory while the loss, which takes the most, is computed.
+        if inputs is None:
+            with temporary_weights(self.layers, weights):
+                return float(self.task.loss(self.task.run(self.model, batch), batch))
+        return float(self.task.loss(self.task.replay(state, layer_outputs(self.layers, weights, inputs)), batch))
+
+
+def layer_outputs(
+    layers: Sequence[FinalLayer], weights: dict[str, Tensor], inputs: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return what the layers make of their ``inputs`` with ``weights`` (layer name → ``(out, d)``); others keep theirs.
+
+    The layers themselves stay as they are.
+    """
+    return {
+        layer.name: layer_output(layer, weights.get(layer.name, weight_matrix(layer.module)), inputs[layer.name])
+        for layer in layers
+    }
+
+
+@contextmanager
+def temporary_weights(layers: Sequence[FinalLayer], weights: dict[str, Tensor]) -> Iterator[None]:
+    """Write weights (layer name → ``(out, d)``), and restore the layers' own, bit for bit, on leaving."""
+    before = [(layer, weight_matrix(layer.module).clone()) for layer in layers if layer.name in weights]
+    try:
+        for layer, _ in before:
+            write_weight(layer.module, weights[layer.name])
+        yield
+    finally:
+        for layer, own in before:
+            write_weight(layer.module, own)
+
+
+def _cache_key(method: Method, seed: int) -> tuple[Any, ...]:
+    """Return what tells accumulators apart: the weighting and, for drawn rows, how many and by which seed."""
+    if method.name == "rows":
+        return (method.weighting, method.rank, seed)
+    return ("uniform" if method.name == "full" else method.weighting,)  # the span of all rows has no weights
+
+
+def _accumulator(
+    key: tuple[Any, ...], layer: FinalLayer, classes: int, generator: torch.Generator
+) -> Moments | RowSample:
+    """Return the accumulator of a layer's rows for a ``_cache_key``.
+
+    A single group has its exact second moment. Several groups have the mean of theirs, which needs the mass of each,
+    known only at the end: so a sample of the rows is held until then.
+    """
+    weighting, *drawn = key
+    d = weight_matrix(layer.module).shape[1]
+    groups, background = classes if weighting == "balanced" else 1, has_background(weighting, layer.kind)
+    if not drawn and groups + background == 1:
+        return Moments(d)
+    size = Method("rows", drawn[0]).rank_of(d) if drawn else max(CAPACITY // (4 * d), d)
+    return RowSample(d, groups, size, generator, background=background)

@@ -1,0 +1,186 @@
+# yolo-sos, AGPL-3.0
+"""What a shift keeps of a layer's input rows: their second moment, or a weighted sample of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK = {"cpu": 1 << 11, "cuda": 1 << 14}  # rows: 5 MB at d = 320, which a cache can hold; 42 MB, worth starting a kernel
+CAPACITY = 1 << 24  # bytes of a layer's rows that a sample holds on average: small beside a training step
+
+
+def as_float64(x: Tensor) -> Tensor:
+    """Return ``x`` in float64, on the CPU where its device has none (MPS)."""
+    x = x.detach()
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+class Moments:
+    """The weighted second moment ``G = Σ wᵢ aᵢᵀaᵢ`` of rows aᵢ that arrive in batches.
+
+    Memory is O(d²) whatever the number of rows. Two accumulators of the same d add up with ``+``.
+
+    Args:
+        d (int): Length of a row.
+
+    Attributes:
+        matrix (Tensor): ``(d, d)`` float64, on the device of the first update (the CPU before it, and for MPS, which
+            has no float64).
+        rows (int): Rows seen, those of weight zero included.
+        mass (float): Sum of the weights.
+    """
+
+    def __init__(self, d: int):
+        """Start at zero."""
+        if d < 1:
+            raise ValueError(f"d={d} is the length of a row; it must be at least 1.")
+        self.d = d
+        self.matrix = torch.zeros(d, d, dtype=torch.float64)
+        self.rows = 0
+        self.mass = 0.0
+
+    def update(self, features: Tensor, weights: Tensor | None = None) -> Moments:
+        """Add rows.
+
+        Args:
+            features (Tensor): ``(n, d)``, any float dtype and device.
+            weights (Tensor, optional): ``(n,)`` non-negative weights; 1 each if None.
+
+        Returns:
+            (Moments): Itself.
+
+        Raises:
+            ValueError: If the shapes do not fit.
+        """
+        if features.ndim != 2 or features.shape[1] != self.d:
+            raise ValueError(f"features has shape {tuple(features.shape)}; expected (n, {self.d}).")
+        if weights is None:
+            weights = features.new_ones(len(features))
+        if weights.shape != features.shape[:1]:
+            raise ValueError(f"weights has shape {tuple(weights.shape)}; expected ({features.shape[0]},).")
+        chunk = CHUNK.get(features.device.type, CHUNK["cpu"])
+        for some, weight in zip(features.split(chunk), weights.split(chunk), strict=True):
+            a = as_float64(some)
+            w = as_float64(weight).to(a.device)
+            self.matrix = self.matrix.to(a.device) + (a * w[:, None]).T @ a
+            self.mass += float(w.sum())
+        self.rows += len(features)
+        return self
+
+    def __add__(self, other: Moments) -> Moments:
+        """Merge two accumulators, as if one had seen the rows of both."""
+        if self.d != other.d:
+            raise ValueError(f"Cannot add Moments of d={self.d} and d={other.d}.")
+        out = Moments(self.d)
+        out.matrix = self.matrix + other.matrix.to(self.matrix.device)
+        out.rows, out.mass = self.rows + other.rows, self.mass + other.mass
+        return out
+
+
+class RowSample:
+    """Rows drawn without replacement, each group's in proportion to their weights, in bounded memory.
+
+    Priority sampling (Duffield, Lund & Thorup, *Priority sampling for estimation of arbitrary subset sums*, J. ACM 54,
+    2007): a row of weight w gets the priority w/u, u uniform in (0, 1]; of each group the rows of largest priority stay.
+    With τ the largest priority that did not stay, ``max(w, τ)`` estimates weights: sums over the sample are unbiased
+    estimates of sums over all rows, and exact where all rows of a group stay.
+
+    Args:
+        d (int): Length of a row.
+        groups (int): Groups of rows with weights.
+        size (int): Rows to draw, divided evenly among the groups; the rest is assigned by lot. A group with fewer rows
+            of positive weight gives what it has.
+        generator (torch.Generator): Source of all randomness, on the CPU.
+        background (bool): Whether all rows together are one more group, each of weight 1.
+
+    Attributes:
+        rows (int): Rows seen.
+    """
+
+    def __init__(self, d: int, groups: int, size: int, generator: torch.Generator, *, background: bool = False):
+        """Start empty."""
+        if size < 1:
+            raise ValueError(f"size={size} must be at least 1.")
+        self.d = d
+        self.size = size
+        self.background = background
+        self.rows = 0
+        self.generator = generator
+        self._turn = torch.randperm(groups + background, generator=generator)  # in which the rest is assigned
+        self._threshold = torch.zeros(groups + background, dtype=torch.float64)  # τ of each group
+        # Of the rows held: features, group, weight, priority; in parts, as they arrived since the last selection.
+        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def update(self, features: Tensor, groups: Tensor, weights: Tensor) -> None:
+        """Offer rows.
+
+        Args:
+            features (Tensor): ``(n, d)``, any float dtype and device.
+            groups (Tensor): ``(n,)`` int64, the group of each row.
+            weights (Tensor): ``(n,)``, non-negative; a row of weight 0 is never drawn for its group.
+
+        Raises:
+            ValueError: If the shapes do not fit.
+        """
+        n = len(features)
+        if features.shape != (n, self.d) or groups.shape != (n,) or weights.shape != (n,):
+            raise ValueError(
+                f"features {tuple(features.shape)}, groups {tuple(groups.shape)} and weights {tuple(weights.shape)} do "
+                f"not fit: expected (n, {self.d}), (n,) and (n,)."
+            )
+        self.rows += n
+        features, group, weight = features.detach(), groups.detach().cpu(), weights.detach().double().cpu()
+        index = torch.arange(n)
+        if self.background:
+            index = torch.cat([index, index])
+            group = torch.cat([group, torch.full_like(group, len(self._turn) - 1)])
+            weight = torch.cat([weight, torch.ones_like(weight)])
+        priority = weight / (1.0 - torch.rand(len(weight), dtype=torch.float64, generator=self.generator))  # u > 0
+        if not (features.sum(dtype=torch.float64) if features.is_floating_point() else features.sum()).isfinite():
+            bad = ~features.isfinite().all(1).cpu()
+            priority = priority.masked_fill(bad[index], torch.inf)
+        # Always keep non-finite rows, so that the solver reports them.
+        priority = priority.nan_to_num(nan=torch.inf, posinf=torch.inf)
+        stays = (priority > self._threshold[group]).nonzero()[:, 0]
+        self._parts.append((features[index[stays].to(features.device)], group[stays], weight[stays], priority[stays]))
+        if sum(len(part[0]) for part in self._parts) > 2 * self.size:  # seldom: a selection copies what stays
+            self._select()
+
+    def _select(self) -> None:
+        """Keep each group's rows of largest priority, as many as it may have, and raise its threshold."""
+        features, group, weight, priority = (torch.cat(x) for x in zip(*self._parts, strict=True))
+        order = priority.argsort(descending=True, stable=True)
+        order = order[group[order].argsort(stable=True)]  # by group, and by priority within it
+        place = torch.arange(len(order)) - torch.searchsorted(group[order], group[order])
+        stays = place < self._quotas()[group[order]]
+        gone = order[~stays]
+        self._threshold.scatter_reduce_(0, group[gone], priority[gone], "amax")
+        order = order[stays]
+        self._parts = [(features[order.to(features.device)], group[order], weight[order], priority[order])]
+
+    def _quotas(self) -> Tensor:
+        """Return how many rows each group may have, ``(groups,)``."""
+        share, rest = divmod(self.size, len(self._turn))
+        return share + (self._turn < rest).long()
+
+    @property
+    def sample(self) -> Tensor:
+        """The rows drawn, ``(at most size, d)``, in the features' dtype and device, grouped."""
+        if not self._parts:
+            return torch.empty(0, self.d)
+        self._select()
+        return self._parts[0][0]
+
+    @property
+    def moments(self) -> Moments:
+        """The sum of the groups' mean second moments, estimated from the sample; an empty group adds nothing."""
+        total = Moments(self.d)
+        if self._parts:
+            self._select()
+            ((features, group, weight, _),) = self._parts
+            weight = torch.maximum(weight, self._threshold[group])
+            mass = torch.zeros_like(self._threshold).scatter_add_(0, group, weight)
+            total.update(features, (weight / mass[group]).to(features.device))
+        total.rows = self.rows
+        return total
