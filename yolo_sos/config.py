@@ -96,9 +96,7 @@ class SOSConfig:
         "fraction of the epochs before the first shift: 1.0 shifts once, at the end, 0 the untrained head too",
     )
     sos_interval: int = _setting(5, "int", checks.interval, "epochs from one shift to the next")
-    sos_step: float = _setting(
-        1.0, "float", checks.step, "largest step size t of V + t(V* - V), above 0 and up to 1.0"
-    )
+    sos_step: float = _setting(1.0, "float", checks.step, "largest step size t of V + t(V* - V), above 0 and up to 1.0")
     sos_momentum: bool = _setting(
         False, "bool", boolean, "apply the shift of the live weights to the optimizer's momentum as well"
     )

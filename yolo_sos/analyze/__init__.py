@@ -1,7 +1,12 @@
 # yolo-sos, AGPL-3.0
-"""See what SOS does: curvature with a baseline, neural collapse, spectra of the layers' inputs, loss landscapes."""
+"""Diagnostics: curvature, neural collapse, spectra of the final layers' inputs, loss landscapes, and a report."""
 
-from yolo_sos.analyze.comparison import Comparison, analyze_checkpoints
-from yolo_sos.analyze.curves import Curves
+from yolo_sos._lazy import lazy_exports
 
-__all__ = ["Comparison", "Curves", "analyze_checkpoints"]
+_MODULES = {
+    "Comparison": "yolo_sos.analyze.comparison",
+    "Curves": "yolo_sos.analyze.curves",
+    "analyze_checkpoints": "yolo_sos.analyze.comparison",
+}
+__all__ = sorted(_MODULES)
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from ultralytics.utils.tal import TaskAlignedAssigner
 
 from yolo_sos.analyze.estimate import Estimate
-from yolo_sos.core import FinalLayer, Gram, RowSample, Task, input_rows, weight_matrix
-from yolo_sos.core.gram import as_float64
+from yolo_sos.core import FinalLayer, RowSample, Task, as_float64, input_rows, weight_matrix
+from yolo_sos.core import Moments as SecondMoment
 
 BLOCKS = 8  # of images, for the jackknife
 DECISIONS = 2048  # features kept for NC4: a standard error of at most 1.1 percentage points
@@ -50,17 +50,19 @@ class Moments:
     Attributes:
         counts (Tensor): ``(C,)`` features of each class.
         sums (Tensor): ``(C, d)`` their sums.
-        gram (Gram): Second moment of all features.
+        gram (SecondMoment): Second moment of all features.
     """
 
     counts: Tensor
     sums: Tensor
-    gram: Gram
+    gram: SecondMoment
 
     @classmethod
     def empty(cls, classes: int, d: int) -> Moments:
         """Return the moments of no features."""
-        return cls(torch.zeros(classes, dtype=torch.float64), torch.zeros(classes, d, dtype=torch.float64), Gram(d))
+        return cls(
+            torch.zeros(classes, dtype=torch.float64), torch.zeros(classes, d, dtype=torch.float64), SecondMoment(d)
+        )
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add features ``(n, d)`` of classes ``(n,)``."""
@@ -148,7 +150,7 @@ class Collapse:
         self.layer = layer
         classes, self.d = weight_matrix(layer.module).shape
         self.blocks = [Moments.empty(classes, self.d) for _ in range(BLOCKS)]
-        self._drawn = RowSample(self.d, DECISIONS, torch.Generator().manual_seed(seed))
+        self._drawn = RowSample(self.d, 1, DECISIONS, torch.Generator().manual_seed(seed))
         self._updates = 0
 
     def update(self, features: Tensor, labels: Tensor) -> None:
@@ -159,7 +161,7 @@ class Collapse:
         features, labels = features[chosen], labels[chosen]
         if len(features):
             block.update(features, labels)
-            self._drawn.update(features, torch.ones(len(features), 1))
+            self._drawn.update(features, torch.zeros(len(features), dtype=torch.long), torch.ones(len(features)))
 
     def measures(self) -> dict[str, Estimate]:
         """Return NC1 to NC4 by name; nan where fewer than two classes have two features.

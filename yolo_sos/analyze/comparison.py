@@ -21,10 +21,9 @@ from yolo_sos.analyze.material import Material
 from yolo_sos.analyze.report import write_report
 from yolo_sos.analyze.settings import check_integer, save_dir, versions
 from yolo_sos.analyze.spectrum import Inputs
-from yolo_sos.core import InputCapture, Method
+from yolo_sos.core import InputCapture, Method, evaluation
 from yolo_sos.core.layers import weight_matrix
-from yolo_sos.core.shift import evaluation
-from yolo_sos.memory import with_fewer
+from yolo_sos.yolo.memory import with_fewer
 
 PREFIX = colorstr("analyze: ")
 PASS = 8  # images at a time whose features are read; also a block of the jackknife

@@ -30,8 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_sos.analyze.estimate import Estimate
-from yolo_sos.core import FinalLayer, Task
-from yolo_sos.core.shift import evaluation
+from yolo_sos.core import FinalLayer, Task, evaluation
 
 BLOCKS = {"all": ("before", "final"), "before": ("before",), "final": ("final",)}  # by ``scope``
 ROUND = 8  # probes that share a graph; after each round the budget is looked at

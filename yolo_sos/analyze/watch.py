@@ -4,24 +4,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from typing import Any
 
 from torch import nn
+from ultralytics.utils import LOGGER, RANK
+from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_sos.analyze.collapse import NAMES, Collapse, class_layers, collect, mean_measures
 from yolo_sos.analyze.hessian import Subject, traces
 from yolo_sos.analyze.report import digits
-from yolo_sos.core import InputCapture
-from yolo_sos.core.shift import evaluation
-from yolo_sos.heads import HostTask, final_layers, head_of
-from yolo_sos.memory import with_fewer
+from yolo_sos.core import Engine
+from yolo_sos.yolo.heads import YoloTask, final_layers, head_of
+from yolo_sos.yolo.images import ImageSample, preserve_rng
+from yolo_sos.yolo.memory import with_fewer
+from yolo_sos.yolo.training import PREFIX, TrainerExtension
 
 PROBES = 8
 CURVATURE = 8  # images
 FEATURES = 64  # images
-# Without "loss" and "metric" in their names: the host plots columns that have them into results.png.
+# Without "loss" and "metric" in their names: Ultralytics plots columns that have them into results.png.
 COLUMNS = ("trace", "trace_stderr", "gauss_newton", "gauss_newton_stderr", *NAMES)
 
 
@@ -42,7 +45,7 @@ def log_line(measured: dict[str, float]) -> str:
 def measure(
     model: nn.Module, batches: Callable[[int], Iterable[Any]], *, probes: int = PROBES, seed: int = 0
 ) -> dict[str, float]:
-    """Measure a model of the host: traces before the final layers, and NC1 to NC4 as the mean over class layers.
+    """Measure an Ultralytics model: traces before the final layers, and NC1 to NC4 as the mean over class layers.
 
     Args:
         model (nn.Module): The model; a copy is measured.
@@ -54,19 +57,21 @@ def measure(
         (dict[str, float]): By the names of ``COLUMNS``.
     """
     copied = deepcopy(model).float()
-    # A validation leaves anchor points there that were made in inference mode: no gradient may meet them.
+    # A validation leaves anchor points there that were made in inference mode, which cannot take part in a graph.
     head_of(copied).shape = None  # type: ignore[assignment]
-    subject = Subject("model", copied, HostTask(copied), final_layers(copied))
+    task = YoloTask(copied)
+    subject = Subject("model", copied, task, task.layers)
 
     def curvature(images: int):
         return traces([subject], list(batches(images)), ["before"], probes=probes, seed=seed)[0]["before"]
 
     found = with_fewer(CURVATURE, curvature, "images for the curvature")[0].estimates()
     collapses = [Collapse(layer, seed) for layer in class_layers(subject.layers)]
-    with evaluation(copied), InputCapture(subject.layers) as capture:
-        for batch in batches(FEATURES):
-            output = subject.task.forward(copied, batch)
-            collect(collapses, subject.task, output, capture.take(), batch)
+
+    def add(batch: Any, output: Any, inputs: dict[str, Any]) -> None:
+        collect(collapses, task, output, inputs, batch)
+
+    Engine(copied, task.layers, task).run(batches(FEATURES), add)
     return {
         "trace": found["hessian"].estimate,
         "trace_stderr": found["hessian"].stderr,
@@ -74,3 +79,54 @@ def measure(
         "gauss_newton_stderr": found["gauss_newton"].stderr,
         **mean_measures(collapses),
     }
+
+
+class Watching(TrainerExtension):
+    """What a trainer does more with ``sos_analyze``: it measures the EMA, as it is validated and saved."""
+
+    _watch_columns = columns()
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """Refuse an interval that the run never completes."""
+        super().__init__(*args, **kwargs)
+        every = self.sos.sos_analyze
+        if every is not None and every > self.args.epochs:
+            raise ValueError(f"sos_analyze={every} is more than epochs={self.args.epochs}: nothing would be measured.")
+
+    def _setup_train(self) -> None:
+        """Set up; a model without final layers raises now."""
+        super()._setup_train()
+        if self.sos.sos_analyze is not None and RANK in {-1, 0}:
+            final_layers(unwrap_model(self.model))
+            self._watched: dict[int, ImageSample] = {}
+
+    def run_callbacks(self, event: str) -> None:
+        """Measure at the end of every ``sos_analyze``-th epoch, ahead of the callbacks."""
+        if event == "on_train_epoch_end" and self.sos.sos_analyze is not None:
+            due = (self.epoch + 1) % self.sos.sos_analyze == 0
+            measured: dict[str, float] = {}
+            if due and RANK in {-1, 0}:  # other ranks wait for rank 0 at validation
+                with preserve_rng():
+                    measured = measure(self.ema.ema, self._watched_batches, seed=self.args.seed)
+                LOGGER.info(PREFIX + log_line(measured))
+            self._watch_columns = columns(measured)
+        super().run_callbacks(event)
+
+    def _watched_batches(self, images: int) -> Iterator[dict[str, Any]]:
+        """Yield the batches that are measured: of the same images in every epoch."""
+        if images not in self._watched:
+            available = len(self.train_loader.dataset)
+            self._watched[images] = self.sample_images({"fit": min(images, available)}, self.args.seed)
+        return self._watched[images].batches("fit")
+
+    def extra_columns(self) -> dict[str, float]:
+        """Add the columns of the last measurement."""
+        return {**super().extra_columns(), **(self._watch_columns if self.sos.sos_analyze is not None else {})}
+
+    def plot_metrics(self) -> None:
+        """Plot as Ultralytics does, and the curves of what was measured."""
+        super().plot_metrics()
+        if self.sos.sos_analyze is not None:
+            from yolo_sos.analyze import curves  # which reads this module's columns
+
+            curves.plot(self.csv, self.save_dir / "analyze.png", self.on_plot)

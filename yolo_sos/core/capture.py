@@ -49,6 +49,10 @@ class InputCapture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.clear()
+
+    def clear(self) -> None:
+        """Release what was captured, such as that of a forward pass for warming up."""
         self._inputs = {}
 
     def take(self) -> dict[str, Tensor]:
@@ -88,8 +92,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     compiled = any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules())
     if compiled and not hasattr(torch.compiler, "set_stance"):
         raise TypeError(
-            "Parts of the model are compiled by torch.compile, where inputs cannot be captured. Use the module that was "
-            "compiled, or torch 2.6 or newer."
+            "Parts of the model are compiled by torch.compile, where inputs cannot be captured. Use the module that "
+            "was compiled, or torch 2.6 or newer."
         )
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     try:

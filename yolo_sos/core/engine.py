@@ -70,6 +70,22 @@ class Shift:
         """``ok``, or the status of the first layer that failed."""
         return next((r.status for r in self.results.values() if r.status != OK), OK)
 
+    @property
+    def squared_norm_ratio(self) -> float:
+        """``Σ‖V*‖² / Σ‖V‖²`` over the layers, at t = 1."""
+        before = sum(r.norm_before**2 for r in self.results.values())
+        return sum(r.norm_after**2 for r in self.results.values()) / before if before else 1.0
+
+    @property
+    def rank(self) -> float:
+        """Mean rank over the layers."""
+        return sum(r.rank for r in self.results.values()) / len(self.results)
+
+    @property
+    def deviation(self) -> float:
+        """Mean deviation over the layers, at t = 1."""
+        return sum(r.deviation for r in self.results.values()) / len(self.results)
+
     def weights(self, step: float = 1.0) -> dict[str, Tensor]:
         """Return ``V + t(V* − V)`` by layer name, ``(out, d)``, in the layer's dtype and device."""
         return {
@@ -251,9 +267,7 @@ class Engine:
             raise
         self.watch.lap("write")
 
-    def report(
-        self, shift: Shift, step: float, before: float, after: float, guard: float | None
-    ) -> ShiftReport:
+    def report(self, shift: Shift, step: float, before: float, after: float, guard: float | None) -> ShiftReport:
         """Return the report of a shift that was accepted with ``step`` and written, or refused with 0."""
         new = shift.weights(0.0)  # as they are in the model now
         layers = []
@@ -280,9 +294,9 @@ class Engine:
 class HeldOut:
     """The task loss on held-out batches as a function of the final layers' weights.
 
-    Each batch runs through the model once, which gives the loss as it is. For other weights only the final layers and
-    what follows them are evaluated, on their captured inputs, where the task can replay its outputs; otherwise the model
-    runs again, with these weights written for the time being.
+    Each batch runs through the model once, which gives the loss as it is. For other weights, where the task can replay
+    its outputs, only the final layers and what follows them are evaluated, on their captured inputs; otherwise the
+    model runs again, with these weights written temporarily.
 
     Attributes:
         images (int): Number of images.

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-Layers = str | nn.Module | Sequence[str | nn.Module]
+Layers: TypeAlias = str | nn.Module | Sequence[str | nn.Module]
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def select_layers(model: nn.Module, layers: Layers) -> list[FinalLayer]:
         if not matches:
             linear = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
             raise ValueError(
-                f"layers='{item}' names no nn.Linear or nn.Conv2d of this {type(model).__name__}. The last ones that it "
-                f"has: {', '.join(linear[-5:]) or 'none'}."
+                f"layers='{item}' names no nn.Linear or nn.Conv2d of this {type(model).__name__}. Its last ones: "
+                f"{', '.join(linear[-5:]) or 'none'}."
             )
         for name in matches:
             found[name] = FinalLayer(name, modules[name])

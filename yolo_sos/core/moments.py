@@ -6,7 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK = {"cpu": 1 << 11, "cuda": 1 << 14}  # rows: 5 MB at d = 320, which a cache can hold; 42 MB, worth starting a kernel
+CHUNK = {
+    "cpu": 1 << 11,
+    "cuda": 1 << 14,
+}  # rows: 5 MB at d = 320, which a cache can hold; 42 MB, worth starting a kernel
 CAPACITY = 1 << 24  # bytes of a layer's rows that a sample holds on average: small beside a training step
 
 
@@ -82,7 +85,7 @@ class RowSample:
     """Rows drawn without replacement, each group's in proportion to their weights, in bounded memory.
 
     Priority sampling (Duffield, Lund & Thorup, *Priority sampling for estimation of arbitrary subset sums*, J. ACM 54,
-    2007): a row of weight w gets the priority w/u, u uniform in (0, 1]; of each group the rows of largest priority stay.
+    2007): a row of weight w gets the priority w/u, u uniform in (0, 1]; each group keeps its rows of largest priority.
     With τ the largest priority that did not stay, ``max(w, τ)`` estimates weights: sums over the sample are unbiased
     estimates of sums over all rows, and exact where all rows of a group stay.
 

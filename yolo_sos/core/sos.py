@@ -119,9 +119,7 @@ class SOS:
             return select_layers(self.model, layers)  # type: ignore[arg-type]
         return list(layers)  # type: ignore[arg-type]
 
-    def step(
-        self, epoch: int, epochs: int, batches: Iterable[Any], heldout: Iterable[Any] = ()
-    ) -> ShiftReport | None:
+    def step(self, epoch: int, epochs: int, batches: Iterable[Any], heldout: Iterable[Any] = ()) -> ShiftReport | None:
         """Shift at the end of an epoch if it is time to, see ``is_due``.
 
         Args:
@@ -173,7 +171,7 @@ class SOS:
         held = engine.hold_out(self._on_device(heldout))
         guard = self.guard if held.images else None
         step, before, after = engine.accept(shift, held, guard, self.largest)
-        engine.write(shift, step, {layer.name: self._momentum(layer) for layer in shift.layers})
+        engine.write(shift, step, {layer.name: self.momentum(layer) for layer in shift.layers})
         self.shifts += 1
         return engine.report(shift, step, before, after, guard)
 
@@ -191,14 +189,13 @@ class SOS:
         device = next(self.model.parameters()).device
         return (to_device(batch, device) for batch in batches)
 
-    def _momentum(self, layer: FinalLayer) -> list[Tensor]:
+    def momentum(self, layer: FinalLayer) -> list[Tensor]:
+        """Return the first moments of a layer's weight in the optimizer's state; none without an optimizer."""
         state = self.optimizer.state.get(layer.module.weight, {}) if self.optimizer else {}
         return [state[key] for key in MOMENTUM if state.get(key) is not None]
 
 
-def shift_model(
-    model: nn.Module, batches: Iterable[Any], heldout: Iterable[Any] = (), **settings: Any
-) -> ShiftReport:
+def shift_model(model: nn.Module, batches: Iterable[Any], heldout: Iterable[Any] = (), **settings: Any) -> ShiftReport:
     """Shift the final layer of any PyTorch model in place, once.
 
     Args:

@@ -83,8 +83,8 @@ class ModelTask:
         if isinstance(batch, Sequence) and len(batch) == 2:
             return model(batch[0])
         raise TypeError(
-            f"A batch is a {type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, Sequence) else ''}; expected "
-            "(inputs, targets) or a mapping. Pass forward=lambda model, batch: … for other models."
+            f"A batch is a {type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, Sequence) else ''}; "
+            "expected (inputs, targets) or a mapping. Pass forward=lambda model, batch: … for other models."
         )
 
     def loss(self, output: Any, batch: Any) -> Tensor:

@@ -6,10 +6,10 @@ Each group of rows counts as much as any other:
 - ``uniform``: one group, every row alike.
 - ``confidence``: one group; class layers ``Σ_c p_c(1−p_c)`` (undecided rows), other layers ``max_c p_c`` (rows with
   an object in them).
-- ``balanced``: a group per class, to which a row belongs with its most probable class c and weight ``p_c``; for the class
-  layers of a detector also one of all rows, the background.
+- ``balanced``: a group per class; a row belongs to its most probable class c with weight ``p_c``. For the class layers
+  of a detector also one of all rows, the background.
 
-For the second moment that means ``G = Σ_g (Σᵢ∈g wᵢ aᵢᵀaᵢ) / (Σᵢ∈g wᵢ)``; drawn rows are divided evenly among the groups.
+For the second moment that means ``G = Σ_g (Σᵢ∈g wᵢ aᵢᵀaᵢ) / (Σᵢ∈g wᵢ)``; drawn rows are divided evenly among groups.
 """
 
 from __future__ import annotations

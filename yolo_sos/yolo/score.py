@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""The host's validation for many weights of the final layers at once."""
+"""Ultralytics' validation for many weights of the final layers at once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from yolo_sos.core import InputCapture
-from yolo_sos.core.shift import layer_outputs
-from yolo_sos.heads import HostTask, final_layers
+from yolo_sos.core import InputCapture, layer_outputs
+from yolo_sos.yolo.heads import YoloTask
 
 if TYPE_CHECKING:
     from ultralytics.engine.validator import BaseValidator
@@ -23,14 +22,14 @@ else:
 
 
 class ManyWeights(BaseValidator):
-    """Lets one of the host's validators score other weights of the final layers beside the model's own.
+    """Lets one of Ultralytics' validators score other weights of the final layers beside the model's own.
 
-    The model runs once per batch, by the host's own code. For each set of weights only the final layers are evaluated
-    again, on their captured inputs; the host decodes, postprocesses and counts. Batches are let go one by one.
+    The model runs once per batch, by Ultralytics' own code. For each set of weights only the final layers are evaluated
+    again, on their captured inputs; Ultralytics decodes, postprocesses and counts. Batches are let go one by one.
 
     Attributes:
         weights (list[dict[str, Tensor]]): The sets, layer name → ``(out, d)``.
-        results (list[dict[str, float]]): The host's metrics for each set.
+        results (list[dict[str, float]]): Ultralytics' metrics for each set.
         seconds (float): Time spent on the sets, beside that of a plain validation.
     """
 
@@ -39,18 +38,17 @@ class ManyWeights(BaseValidator):
     seconds = 0.0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Validate as the host does, and remove the hooks at the end."""
+        """Validate as Ultralytics does, and remove the hooks at the end."""
         with ExitStack() as self._stack:
             return super().__call__(*args, **kwargs)
 
     def init_metrics(self, model: nn.Module) -> None:
-        """Set up as the host does, and one counter of its kind per set of weights."""
+        """Set up as Ultralytics does, and one counter of its kind per set of weights."""
         super().init_metrics(model)
-        native = model.model if getattr(model, "format", None) == "pt" else model  # inside the host's backend
-        self._layers = final_layers(native)  # type: ignore[arg-type]
+        native = model.model if getattr(model, "format", None) == "pt" else model  # inside Ultralytics' backend
         # No loss is asked for, and a fused model has none.
-        self._task = HostTask(native, criterion=_no_loss)  # type: ignore[arg-type]
-        self._capture = self._stack.enter_context(InputCapture(self._layers))
+        self._task = YoloTask(native, criterion=_no_loss)  # type: ignore[arg-type]
+        self._capture = self._stack.enter_context(InputCapture(self._task.layers))
         self._counters = [self._counter() for _ in self.weights]
 
     def _counter(self) -> ManyWeights:
@@ -62,24 +60,29 @@ class ManyWeights(BaseValidator):
         counter.metrics, counter.confusion_matrix = deepcopy(self.metrics), deepcopy(self.confusion_matrix)
         return counter
 
+    def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Preprocess as Ultralytics does, which warms the model up before the first batch."""
+        self._capture.clear()
+        return super().preprocess(batch)
+
     def postprocess(self, preds: Any) -> Any:
-        """Keep what the model returned, and go on as the host does."""
+        """Keep what the model returned, and go on as Ultralytics does."""
         self._output = preds
         return super().postprocess(preds)
 
     def update_metrics(self, preds: Any, batch: dict[str, Any]) -> None:
-        """Count as the host does, then once more for each set of weights."""
+        """Count as Ultralytics does, then once more for each set of weights."""
         super().update_metrics(preds, batch)
         start = time.perf_counter()
         inputs = self._capture.take()
         for counter, weights in zip(self._counters, self.weights, strict=True):
-            raw = self._task.replay(self._output[1], layer_outputs(self._layers, weights, inputs))
+            raw = self._task.replay(self._output[1], layer_outputs(self._task.layers, weights, inputs))
             output = self._task.decode(self._output, raw)
             super(ManyWeights, counter).update_metrics(super().postprocess(output), batch)
         self.seconds += time.perf_counter() - start
 
     def get_stats(self) -> dict[str, Any]:
-        """Return the host's metrics of the model's own weights; those of the sets are in ``results``."""
+        """Return Ultralytics' metrics of the model's own weights; those of the sets are in ``results``."""
         start = time.perf_counter()
         self.results = [dict(super(ManyWeights, counter).get_stats()) for counter in self._counters]
         self.seconds += time.perf_counter() - start
@@ -92,17 +95,17 @@ def score(
     """Validate a model once, for its own weights and for other ones of its final layers.
 
     Args:
-        validator (type): The host's validator for the task.
+        validator (type): Ultralytics' validator for the task.
         args (dict): Its arguments.
         model (nn.Module): The model, which stays as it is.
         weights (list[dict[str, Tensor]]): Sets of weights, layer name → ``(out, d)``.
 
     Returns:
-        metrics (list[dict[str, float]]): The host's metrics: the model's own, then those of each set.
+        metrics (list[dict[str, float]]): Ultralytics' metrics: the model's own, then those of each set.
         seconds (dict[str, float]): Time of a plain ``validation``, and of the ``points`` on top of it.
     """
     start = time.perf_counter()
-    with TemporaryDirectory() as folder:  # the host makes a folder for plots, which are not made
+    with TemporaryDirectory() as folder:  # Ultralytics makes a folder for plots, which are not made
         many = type(f"Many{validator.__name__}", (ManyWeights, validator), {})(args=args, save_dir=Path(folder))
         many.weights = weights
         own = dict(many(model=model))

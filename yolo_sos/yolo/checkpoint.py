@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""A checkpoint of Ultralytics: read, checked, and written again with other weights in its final layers."""
+"""A checkpoint of Ultralytics: read, checked, and written with other weights in its final layers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from yolo_sos import __version__
 from yolo_sos.config import CHECKPOINT_KEY, SOSConfig
-from yolo_sos.core import FinalLayer
-from yolo_sos.core.layers import write_weight
-from yolo_sos.heads import final_layers
+from yolo_sos.core import FinalLayer, write_weight
+from yolo_sos.yolo.heads import final_layers
 
 
 class Checkpoint:
@@ -30,11 +29,11 @@ class Checkpoint:
 
     Attributes:
         path (Path): The file.
-        model (nn.Module): What the host runs of it: the EMA where there is one. In float32 and eval mode.
+        model (nn.Module): What Ultralytics runs of it: the EMA where there is one. In float32 and eval mode.
         task (str): ``detect``, ``segment``, ``pose``, ``obb`` or ``classify``.
-        args (dict): The host's arguments of the training, its defaults where the checkpoint holds none.
+        args (dict): Ultralytics' arguments of the training, the defaults where the checkpoint holds none.
         layers (list[FinalLayer]): All final layers of the model.
-        validator (type): The host's validator for the task.
+        validator (type): Ultralytics' validator for the task.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -50,20 +49,20 @@ class Checkpoint:
                 "cannot be shifted; shift their .pt and export again."
             )
         if "://" not in str(path) and not Path(path).is_file() and Path(path).name not in GITHUB_ASSETS_NAMES:
-            raise FileNotFoundError(f"{path}: there is no such checkpoint.")  # which the host would try to download
+            raise FileNotFoundError(f"{path}: there is no such checkpoint.")  # Ultralytics would try to download it
         try:
-            host = YOLO(path)
+            yolo = YOLO(path)
         except (AttributeError, KeyError, OSError) as e:  # a pickle of something else; some truncated archives
             if getattr(e, "filename", None):  # not the content's fault
                 raise
             raise TypeError(f"{path} is not a checkpoint of Ultralytics, or damaged: {type(e).__name__}: {e}") from e
-        self.path = Path(host.ckpt_path)
-        self.model: nn.Module = host.model
+        self.path = Path(yolo.ckpt_path)
+        self.model: nn.Module = yolo.model
         self.layers = self._check(self.path, self.model)
-        self.task: str = host.task
-        self.validator: type[Any] = host._smart_load("validator")
-        self.args: dict[str, Any] = {**DEFAULT_CFG_DICT, **(host.ckpt.get("train_args") or {})}
-        self.model.args = IterableSimpleNamespace(**self.args)  # the host's losses read their gains here
+        self.task: str = yolo.task
+        self.validator: type[Any] = yolo._smart_load("validator")
+        self.args: dict[str, Any] = {**DEFAULT_CFG_DICT, **(yolo.ckpt.get("train_args") or {})}
+        self.model.args = IterableSimpleNamespace(**self.args)  # Ultralytics' losses read their gains here
 
     @staticmethod
     def _check(path: Path, model: nn.Module) -> list[FinalLayer]:
@@ -80,7 +79,7 @@ class Checkpoint:
         return layers
 
     def save(self, path: Path, weights: dict[str, Tensor], note: dict[str, Any]) -> None:
-        """Write the checkpoint as it is, but for other weights and a note; in half precision, as the host saves.
+        """Write the checkpoint as it is, but for other weights and a note; in half precision, as Ultralytics saves.
 
         Whatever else it holds (optimizer, epoch, arguments) stays, so that an unfinished run can be resumed.
 
@@ -89,7 +88,7 @@ class Checkpoint:
             weights (dict[str, Tensor]): Layer name → ``(out, d)``.
             note (dict): Plain values that tell of the shift.
         """
-        ckpt, _ = torch_safe_load(self.path)  # again: what the host loads it alters in place
+        ckpt, _ = torch_safe_load(self.path)  # again: Ultralytics alters in place what it loads
         model = ckpt.get("ema") or ckpt["model"]
         model.half()
         modules = dict(model.named_modules())

@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""What to do when memory runs out."""
+"""Try again with fewer images when memory runs out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def with_fewer(count: int, run: Callable[[int], T], what: str) -> tuple[T, int]:
-    """Return ``run(count)``, with half as many as often as memory runs out; and how many it was done with.
+    """Return ``run(count)`` and the count, which is halved as often as memory runs out.
 
     Args:
         count (int): How many are tried first.
@@ -32,7 +32,7 @@ def with_fewer(count: int, run: Callable[[int], T], what: str) -> tuple[T, int]:
         except (RuntimeError, MemoryError) as e:
             if count == 1 or not is_out_of_memory(e):
                 raise
-        # Beyond the except block: the traceback, which holds the failed attempt's tensors, is gone.
+        # Outside the except block: the traceback, which holds the failed attempt's tensors, is gone.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         LOGGER.warning(f"Out of memory with {count} {what}: trying {count // 2}.")

@@ -1,9 +1,9 @@
 # yolo-sos, AGPL-3.0
-"""Networks for 32 × 32 images that the host cannot build from its own modules, for the YAMLs under ``cfg/models``.
+"""Networks for 32 × 32 images that Ultralytics cannot build from its own modules, for the YAMLs under ``cfg/models``.
 
-They are registered under names of their own with TorchVision, whose models the host's ``TorchVision`` rows name. All
+They are registered with TorchVision, by whose names the ``TorchVision`` rows of Ultralytics' YAMLs build models. All
 modules are TorchVision's and torch's: a checkpoint of one loads, validates, predicts and exports without yolo-sos. Only
-building it anew, as fine-tuning does, needs ``import yolo_sos.train``.
+building it anew, as fine-tuning does, needs ``import yolo_sos.trainers``.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torchvision.models import DenseNet, ResNet, VisionTransformer
 from torchvision.models._api import register_model  # public by its documentation, but for its place
 from ultralytics.nn.modules import Classify
 
-from yolo_sos.heads import head_of
+from yolo_sos.yolo.heads import head_of
 
 
 def _stem(channels: int) -> nn.Conv2d:
-    """The stem of the field's CIFAR networks: 3 × 3 and stride 1 where those for ImageNet halve the image twice."""
+    """The usual stem of CIFAR networks: 3 × 3 and stride 1 where those for ImageNet halve the image twice."""
     return nn.Conv2d(3, channels, 3, 1, 1, bias=False)
 
 
@@ -54,10 +54,10 @@ def vit_cifar(*, weights: None = None, **kwargs: Any) -> VisionTransformer:
 def set_head(model: nn.Module) -> bool:
     """Let the final layer see the pooled features themselves, if the model's YAML says ``head_conv: false``.
 
-    The host's Classify head has a 1 × 1 convolution to 1 280 channels of its own, which none of these networks has.
+    Ultralytics' Classify head has a 1 × 1 convolution to 1 280 channels of its own, which none of these networks has.
 
     Args:
-        model (nn.Module): A classification model that the host has just built.
+        model (nn.Module): A classification model that Ultralytics has just built.
 
     Returns:
         (bool): Whether the head was changed; its linear layer is a new one then.

@@ -58,14 +58,14 @@ def final_layers(model: nn.Module) -> list[FinalLayer]:
     for branch in _branches(head).values():
         classifiers = [_last(tower) for tower in branch["cls_head"]]
         for key, kind in KIND_OF_BRANCH.items():
-            for scale, tower in enumerate(branch.get(key, ())):
+            for level, tower in enumerate(branch.get(key, ())):
                 last = _last(tower)
-                if isinstance(last, nn.Conv2d):  # not so in YOLO26's pose_head, whose last layers stand in kpts_head
-                    layers.append(FinalLayer(names[last], last, kind, scale, classifier=names[classifiers[scale]]))
+                if isinstance(last, nn.Conv2d):  # not so in YOLO26's pose_head, whose last layers are in kpts_head
+                    layers.append(FinalLayer(names[last], last, kind, level, classifier=names[classifiers[level]]))
     return layers
 
 
-def select_layers(layers: Sequence[FinalLayer], kinds: Iterable[str]) -> list[FinalLayer]:
+def layers_of_kinds(layers: Sequence[FinalLayer], kinds: Iterable[str]) -> list[FinalLayer]:
     """Return the layers of the given kinds.
 
     Raises:
@@ -92,45 +92,59 @@ def _last(tower: nn.Module) -> nn.Module:
 
 
 def _shape_only(x: Tensor) -> Tensor:
-    """Return what has a tensor's shape, dtype and device, but not its memory: read, it makes a loss NaN."""
+    """Return a tensor's shape, dtype and device without its memory: what reads its values gets NaN."""
     return x.new_full((), math.nan).expand(x.shape)
 
 
-class HostTask:
+class YoloTask:
     """An Ultralytics model and its loss as a ``yolo_sos.core.Task``.
 
-    Batches are the host's: dictionaries with ``img`` ``(B, C, H, W)`` and the task's targets, preprocessed.
+    Batches are Ultralytics': dictionaries with ``img`` ``(B, C, H, W)`` and the task's targets, preprocessed.
 
     Args:
         model (nn.Module): The model to run; not compiled, not wrapped.
-        criterion (Callable, optional): ``criterion(predictions, batch) -> (loss, items)`` as the host makes them. None:
-            the model's own, made anew.
+        criterion (Callable, optional): ``criterion(predictions, batch) -> (loss, items)`` as Ultralytics makes them.
+            None: a new one of the model's own.
+
+    Attributes:
+        layers (list[FinalLayer]): All final layers of the model.
+        criterion (Callable): The criterion.
     """
 
     def __init__(self, model: nn.Module, criterion: Callable[..., tuple[Tensor, Any]] | None = None):
-        """Find the layers' place in the head."""
+        """Find the layers and their places in the head."""
         self.criterion = criterion or model.init_criterion()  # type: ignore[operator]
-        # The host's losses ask for no more of images and features than their shape; someone else's may.
-        hosts = type(self.criterion).__module__.partition(".")[0] == "ultralytics"
-        self._needed: Callable[[Tensor], Tensor] = _shape_only if hosts else lambda x: x
+        # Ultralytics' losses ask for no more of images and features than their shape; someone else's may.
+        theirs = type(self.criterion).__module__.partition(".")[0] == "ultralytics"
+        self._needed: Callable[[Tensor], Tensor] = _shape_only if theirs else lambda x: x
         self.head = head_of(model)
-        self._names = {module: name for name, module in model.named_modules()}
+        self.layers = final_layers(model)
+        self._names = {layer.module: layer.name for layer in self.layers}
 
-    def forward(self, model: nn.Module, batch: dict[str, Any]) -> Any:
+    def run(self, model: nn.Module, batch: dict[str, Any]) -> Any:
         """Return the raw predictions: the second element of what the head returns in eval mode."""
         output = model(batch["img"])
         return output[1] if isinstance(output, (tuple, list)) else output
 
+    def loss(self, output: Any, batch: dict[str, Any]) -> Tensor:
+        """Return the training loss per image: Ultralytics', without its factor of the batch size."""
+        loss = self.criterion(output, batch)[0]
+        return loss.sum() / (1 if isinstance(self.head, Classify) else self.size(batch))
+
+    def size(self, batch: dict[str, Any]) -> int:
+        """Return the number of images."""
+        return len(batch["img"])
+
     def probabilities(self, layer: FinalLayer, logits: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Return labels as one-hot rows for a classifier; what the class layer says of each anchor point otherwise."""
+        """Return labels as one-hot rows for a classifier, else the class scores of each anchor point."""
         if layer.kind == "linear":
             return nn.functional.one_hot(batch["cls"].long().view(-1), logits.shape[1]).to(logits.dtype)
-        return logits.sigmoid_()  # not into memory of its own, which takes longer than the sigmoid
+        return logits.sigmoid_()  # in place: allocating takes longer than the sigmoid
 
-    def kept(self, batch: dict[str, Any], output: Any) -> tuple[dict[str, Any], Any]:
+    def replay_state(self, batch: dict[str, Any], output: Any) -> tuple[dict[str, Any], Any]:
         """Return the batch, and the raw predictions without those that the final layers make.
 
-        Images and the features that the head got have no memory any more where the loss is the host's.
+        Images and features keep no memory where the loss is Ultralytics'.
         """
         return {**batch, "img": self._needed(batch["img"])}, self._rest(output)
 
@@ -142,21 +156,29 @@ class HostTask:
         others = {key: value for key, value in output.items() if key not in PREDICTIONS}
         return {k: [self._needed(x) for x in value] if k == "feats" else value for k, value in others.items()}
 
-    def replay(self, rest: Any, outputs: dict[str, Tensor]) -> Any:
-        """Return the predictions that other outputs of the final layers make, by the head's own ``forward_head``."""
+    def replay(self, state: Any, outputs: dict[str, Tensor]) -> Any:
+        """Return the predictions for other outputs of the final layers, by the head's own ``forward_head``."""
         if isinstance(self.head, Classify):
             return outputs[self._names[self.head.linear]]
         branches = _branches(self.head)
-        if "one2many" not in rest:
-            return self._replay_branch(rest, branches["one2many"], outputs)
-        return {name: self._replay_branch(rest[name], branch, outputs) for name, branch in branches.items()}
+        if "one2many" not in state:
+            return self._replay_branch(state, branches["one2many"], outputs)
+        return {name: self._replay_branch(state[name], branch, outputs) for name, branch in branches.items()}
+
+    def _replay_branch(self, state: dict[str, Any], branch: dict[str, Any], outputs: dict[str, Tensor]) -> Any:
+        def constant(tower: nn.Module):
+            output = outputs.get(self._names.get(_last(tower), ""))
+            return lambda _: output  # in place of the tower, whatever its input
+
+        towers = {key: [constant(tower) for tower in towers or ()] for key, towers in branch.items()}  # fused: None
+        return {**state, **self.head.forward_head(state["feats"], **towers)}
 
     def decode(self, output: Any, raw: Any) -> Any:
         """Return what the model would have returned in eval mode, had its raw predictions been ``raw``.
 
         Args:
-            output (tuple | list): What it did return: decoded and raw predictions. Of the former, what the final layers
-                have no part in (mask prototypes) is taken over.
+            output (tuple | list): What it did return: decoded and raw predictions. Of the former, what does not come
+                from the final layers (mask prototypes) is taken over.
             raw (Any): Other raw predictions, of ``replay``.
         """
         head = self.head
@@ -166,20 +188,3 @@ class HostTask:
         if head.end2end:
             decoded = head.postprocess(decoded.permute(0, 2, 1))
         return (decoded, *output[0][1:]) if isinstance(output[0], tuple) else decoded, raw
-
-    def _replay_branch(self, rest: dict[str, Any], branch: dict[str, Any], outputs: dict[str, Tensor]) -> Any:
-        def stand_in(tower: nn.Module):
-            result = outputs.get(self._names[_last(tower)])
-            return lambda _: result  # in place of the tower: whatever comes in, this is what comes out
-
-        stand_ins = {key: [stand_in(tower) for tower in towers or ()] for key, towers in branch.items()}  # fused: None
-        return {**rest, **self.head.forward_head(rest["feats"], **stand_ins)}
-
-    def loss(self, output: Any, batch: dict[str, Any]) -> Tensor:
-        """Return the training loss per image: the host's, without its factor of the batch size."""
-        loss = self.criterion(output, batch)[0]
-        return loss.sum() / (1 if isinstance(self.head, Classify) else self.size(batch))
-
-    def size(self, batch: dict[str, Any]) -> int:
-        """Return the number of images."""
-        return len(batch["img"])

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from yolo_sos.checkpoint.score import headline
-from yolo_sos.core import LayerRecord, ShiftReport
+from yolo_sos.core import LayerReport, ShiftReport
 from yolo_sos.files import finite
+from yolo_sos.yolo.score import headline
 
 HEADER = [
     *("layer", "kind", "d", "rows", "rank", "‖V‖ before", "after"),
@@ -18,7 +18,7 @@ HEADER = [
 
 
 @dataclass(frozen=True)
-class CheckpointLayer(LayerRecord):
+class CheckpointLayer(LayerReport):
     """What happened to one layer; norms and deviations at the accepted step, all zero steps included.
 
     Attributes:
@@ -35,25 +35,24 @@ class CheckpointLayer(LayerRecord):
 
 @dataclass(frozen=True)
 class CheckpointReport(ShiftReport):
-    """What the shift of a checkpoint did.
+    """What the shift of a checkpoint did; ``heldout_after`` is of the file as it was written.
 
     Attributes:
-        layers (tuple[CheckpointLayer, ...]): One record per layer.
-        heldout_saved (float): Held-out loss of the written file: ``heldout_after`` but for rounding.
+        layers (tuple[CheckpointLayer, ...]): One per layer.
         heldout_full (float): Held-out loss after the full step, accepted or not.
         model (str): The checkpoint.
         data (str): The data set.
         output (str | None): The file written; None if the guard let nothing pass or a solve failed.
         settings (dict): The settings, as in ``shift_checkpoint``.
-        images (dict[str, int]): Number of images to fit on (``fit``) and held out (``heldout``).
-        draws (tuple[dict, ...]): For method ``rows``: seed, norm ratio, deviation and held-out loss of every draw, the
-            full step each; the first is the one that won.
-        metrics_before (dict[str, float]): The host's metrics on the val split; empty without ``val``.
+        images (dict[str, int]): Number of images to fit on (``fit``), held out (``heldout``) and, for several draws,
+            set aside to choose between them (``selection``).
+        draws (tuple[dict, ...]): For several draws of method ``rows``: seed, squared norm ratio, deviation and loss on
+            the images set aside, the full step each; the first is the one that was taken.
+        metrics_before (dict[str, float]): Ultralytics' metrics on the val split; empty without ``val``.
         metrics_after (dict[str, float]): The same after the shift.
     """
 
     layers: tuple[CheckpointLayer, ...]
-    heldout_saved: float
     heldout_full: float
     model: str
     data: str
@@ -74,9 +73,14 @@ class CheckpointReport(ShiftReport):
         """Mean deviation by rounding over the layers."""
         return sum(r.rounding for r in self.layers) / len(self.layers)
 
+    def as_written(self, output: str, heldout_after: float, rounding: dict[str, float]) -> CheckpointReport:
+        """Return the report of the file ``output``: its held-out loss, and layer name → deviation by rounding."""
+        layers = tuple(replace(layer, rounding=rounding[layer.name]) for layer in self.layers)
+        return replace(self, layers=layers, heldout_after=heldout_after, output=output)  # type: ignore[call-arg]
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
-        totals = ("status", "norm_ratio", "rank", "deviation", "deviation_heldout", "rounding")
+        totals = ("status", "squared_norm_ratio", "rank", "deviation", "deviation_heldout", "rounding")
         return {**{k: getattr(self, k) for k in totals}, **asdict(self)}
 
     def to_json(self) -> str:
@@ -96,17 +100,16 @@ class CheckpointReport(ShiftReport):
         loss, change = self.heldout_after, self.heldout_after / self.heldout_before - 1
         lines += [
             "",
-            f"norm² ×{self.norm_ratio:.3f}, mean rank {self.rank:.1f}, step t={self.step:g}",
-            f"held-out loss {self.heldout_before:.5g} → {loss:.5g} ({change:+.2%}); of the file, rounded to half "
-            f"precision: {self.heldout_saved:.5g}",
+            f"squared norm ×{self.squared_norm_ratio:.3f}, mean rank {self.rank:.1f}, step size t={self.step:g}",
+            f"held-out loss {self.heldout_before:.5g} → {loss:.5g} ({change:+.2%}), of the written file",
             f"mean deviation {self.deviation:.2e} on {self.images['fit']} fit images, {self.deviation_heldout:.2e} on "
             f"{self.images['heldout']} held-out images; {self.rounding:.1e} by rounding alone",
         ]
         if self.draws:
-            losses = sorted(d["heldout_loss"] for d in self.draws)
+            losses = [d["selection_loss"] for d in self.draws]
             lines.append(
-                f"{len(losses)} draws, held-out loss after a full step {losses[0]:.5g} to {losses[-1]:.5g}; seed "
-                f"{self.draws[0]['seed']} won"
+                f"{len(losses)} draws: loss {losses[0]:.5g} to {losses[-1]:.5g} after a full step, on "
+                f"{self.images['selection']} images set aside for the choice; seed {self.draws[0]['seed']} was taken"
             )
         if self.metrics_before:
             main = headline(self.metrics_before)

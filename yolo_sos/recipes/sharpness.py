@@ -1,11 +1,11 @@
 # yolo-sos, AGPL-3.0
-"""Sharpness-aware minimization in the host's loop: a second gradient, taken a step uphill, before each step."""
+"""Sharpness-aware minimization in Ultralytics' loop: before each step, a second gradient at weights a step uphill."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import autocast, unwrap_model
 
-from yolo_sos.config import SOSConfig
-
-if TYPE_CHECKING:
-    from ultralytics.engine.trainer import BaseTrainer
-else:
-    BaseTrainer = object  # a mixin: the trainer comes from the class that uses it
+from yolo_sos.yolo.training import TrainerExtension
 
 RHO = {"sam": 0.05, "asam": 0.5, "gnp": 0.05}  # the papers': CIFAR-10, CIFAR-10, ImageNet
 BALANCE = {"sam": 1.0, "asam": 1.0, "gnp": 0.8}  # share of the second gradient; of GNP, λ/r, as its authors' recipes
 
 
-class _Standing(torch.optim.Optimizer):
-    """The optimizer that the library's SAM would step: it stays, for the host steps its own, clipped and scaled."""
+class _NoStep(torch.optim.Optimizer):
+    """In place of the optimizer that the library's SAM would step: Ultralytics steps its own, clipped and scaled."""
 
     def __init__(self, params: Any, **defaults: Any):
         super().__init__(params, defaults)
@@ -50,7 +45,7 @@ def library(method: str) -> Any:
 
 
 def perturbation(params: list[nn.Parameter], method: str, rho: float | None = None) -> Any:
-    """Return what moves parameters uphill, ``first_step()``, and puts them back bit for bit, ``second_step()``.
+    """Return an object whose ``first_step()`` moves parameters uphill and whose ``second_step()`` restores them.
 
     ``sam`` and ``gnp`` add ρ g/‖g‖, ``asam`` adds ρ w² g/‖w g‖, the norm over all parameters. Neither depends on the
     scale of g, so the gradients may still bear that of a ``GradScaler``.
@@ -64,7 +59,7 @@ def perturbation(params: list[nn.Parameter], method: str, rho: float | None = No
         method (str): ``sam``, ``asam`` or ``gnp``.
         rho (float, optional): ρ, above 0; the method's own by default.
     """
-    return library(method)(params, _Standing, rho=RHO[method] if rho is None else rho, adaptive=method == "asam")
+    return library(method)(params, _NoStep, rho=RHO[method] if rho is None else rho, adaptive=method == "asam")
 
 
 @contextmanager
@@ -83,24 +78,25 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             layer.track_running_stats = True
 
 
-class SharpnessAware(BaseTrainer):
+class SharpnessAware(TrainerExtension):
     """What a trainer does more with ``sharpness_aware``.
 
-    The batches between two steps are kept. When the host is about to step, they go through the model again at the
-    perturbed weights, each with the random states of its first time, and so the same dropout; the gradients of this
-    second pass take the place of the first's. So ρ is a step along the gradient of all batches that are accumulated,
-    summed over the processes of a distributed run, and what the host does next is done once and to the final gradient:
-    unscaling, clipping, the step, the EMA. Losses are told, and running statistics taken, from the first pass.
+    The batches between two steps are kept. When Ultralytics is about to step, they go through the model again at the
+    perturbed weights, each with the random states of its first pass, and so the same dropout; the gradients of this
+    second pass replace the first's. So ρ is a step along the gradient of all batches that are accumulated, summed over
+    the processes of a distributed run, and what Ultralytics does next is done once, to the final gradient: unscaling,
+    clipping, the step, the EMA. Losses and running statistics are those of the first pass.
     """
 
-    sos: SOSConfig
     _in_batch = False
     _perturbation: Any = None
 
     def _setup_train(self) -> None:
-        """Set up as the host does; a library that is missing shows before the data are read."""
+        """Set up as Ultralytics does; a missing library raises before the data are read."""
         method = self.sos.sharpness_aware
         if method is not None:
+            if self.args.distill_model is not None:
+                raise ValueError("sharpness_aware does not work together with distill_model. Leave out one of them.")
             library(method)
         super()._setup_train()
         if method is not None:
@@ -109,12 +105,12 @@ class SharpnessAware(BaseTrainer):
             self._window: list[tuple[dict[str, Any], list[Tensor]]] = []
 
     def run_callbacks(self, event: str) -> None:
-        """Note whether a training batch is under way: other batches are preprocessed, too."""
+        """Remember whether a training batch is being processed: others are preprocessed, too."""
         self._in_batch = event == "on_train_batch_start"
         super().run_callbacks(event)
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Preprocess as the host does, which is the last thing before the forward pass; keep a training batch."""
+        """Preprocess as Ultralytics does, right before the forward pass, and keep a training batch."""
         batch = super().preprocess_batch(batch)
         if self._perturbation is not None and self._in_batch:
             if all(p.grad is None for p in self._params()):  # nothing is accumulated: after a step, or a fresh start
@@ -123,7 +119,7 @@ class SharpnessAware(BaseTrainer):
         return batch
 
     def optimizer_step(self) -> None:
-        """Step as the host does, along the gradient at the perturbed weights."""
+        """Step as Ultralytics does, along the gradient at the perturbed weights."""
         if self._perturbation is not None:
             self._second_pass()
         super().optimizer_step()
@@ -133,7 +129,7 @@ class SharpnessAware(BaseTrainer):
         assert self.sos.sharpness_aware is not None
         balance = BALANCE[self.sos.sharpness_aware]
         params = [p for p in self._params() if p.grad is not None]
-        # What overflowed is the host's to deal with, and the scaler's: the step is skipped, or the epoch run again.
+        # Ultralytics and the scaler handle what overflowed: the step is skipped, or the epoch run again.
         if not torch.stack([p.grad.norm() for p in params]).isfinite().all():
             return
         first = [p.grad.clone() for p in params] if balance < 1 else []
@@ -155,7 +151,7 @@ class SharpnessAware(BaseTrainer):
         return [p for group in self._perturbation.param_groups for p in group["params"]]
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
-        """Return the loss of a batch, as the host's loop computes it."""
+        """Return the loss of a batch, as Ultralytics' loop computes it."""
         with autocast(torch.bfloat16 if self.args.amp == "bf16" else self.amp, device=self.device.type):
             if self.args.compile:
                 loss = unwrap_model(self.model).loss(batch, self.model(batch["img"]))[0].sum()

@@ -15,28 +15,28 @@ from ultralytics.utils import plt_settings
 from yolo_sos.core import ShiftReport
 from yolo_sos.files import atomic_path, write_text
 
-# Without "loss" and "metric" in their names: the host plots columns that have them into results.png.
-COLUMNS = ("norm_ratio", "rank", "deviation", "heldout_before", "heldout_after", "t", "ms")
+# Without "loss" and "metric" in their names: Ultralytics plots columns that have them into results.png.
+COLUMNS = ("squared_norm_ratio", "rank", "deviation", "heldout_before", "heldout_after", "t", "ms")
 
 
 def columns(reports: dict[str, ShiftReport]) -> dict[str, float]:
     """Return the ``sos/*`` columns of an epoch.
 
     Args:
-        reports (dict[str, ShiftReport]): Report by model; the EMA's is the one that is told, as its weights are what is
-            validated and saved. Empty where no shift ran: the same columns, all nan.
+        reports (dict[str, ShiftReport]): Report by model. The columns are those of the EMA, whose weights are validated
+            and saved. Empty where no shift ran: the same columns, all nan.
 
     Returns:
-        (dict[str, float]): ``sos/norm_ratio`` (Σ‖V_t‖²/Σ‖V‖²), ``sos/rank`` and ``sos/deviation`` (means over layers),
-            ``sos/heldout_before`` and ``sos/heldout_after`` (loss per image), ``sos/t``, ``sos/ms`` (all models
-            together).
+        (dict[str, float]): ``sos/squared_norm_ratio``, ``Σ‖V_t‖²/Σ‖V‖²``; ``sos/rank`` and ``sos/deviation``, means
+            over layers; ``sos/heldout_before`` and ``sos/heldout_after``, loss per image; ``sos/t``; ``sos/ms``, all models
+            together.
     """
     if not reports:
         return {f"sos/{name}": float("nan") for name in COLUMNS}
     report = reports["ema"]
     milliseconds = sum(sum(r.milliseconds.values()) for r in reports.values())
     values = (
-        report.norm_ratio,
+        report.squared_norm_ratio,
         report.rank,
         report.deviation,
         report.heldout_before,
@@ -48,13 +48,8 @@ def columns(reports: dict[str, ShiftReport]) -> dict[str, float]:
 
 def log_line(reports: dict[str, ShiftReport]) -> str:
     """Return one line that tells what a shift did."""
-    ema, c = reports["ema"], columns(reports)
-    live = f" (live ×{reports['model'].norm_ratio:.3f})" if "model" in reports else ""
-    status = "" if ema.status == "ok" else f", {ema.status}"
-    return (
-        f"norm² ×{ema.norm_ratio:.3f}{live}, rank {ema.rank:.1f}, deviation {ema.deviation:.2g}, held-out loss "
-        f"{ema.heldout_before:.4g} → {ema.heldout_after:.4g}, t={ema.step:g}{status}, {c['sos/ms']:.0f} ms"
-    )
+    live = f" (live ×{reports['model'].squared_norm_ratio:.3f})" if "model" in reports else ""
+    return f"{reports['ema']}{live}, {columns(reports)['sos/ms']:.0f} ms"
 
 
 class ShiftLog:
@@ -80,7 +75,7 @@ class ShiftLog:
     def add(self, epoch: int, reports: dict[str, ShiftReport]) -> None:
         """Append the shifts at the end of ``epoch``, counted from 1 as in results.csv; 0 is before the first.
 
-        Lines of that epoch and model that are there already go: the host runs an epoch again when it recovers from NaN.
+        Existing lines of that epoch and model are replaced: Ultralytics runs an epoch again when it recovers from NaN.
         """
         self.rows = [row for row in self.rows if int(row["epoch"]) != epoch or row["model"] not in reports]
         for model, report in reports.items():

@@ -14,11 +14,10 @@ from typing import Any
 
 from ultralytics.utils import LOGGER, TQDM, plt_settings
 
-from yolo_sos.checkpoint.job import PREFIX, CheckpointJob
-from yolo_sos.checkpoint.score import headline
-from yolo_sos.checkpoint.workbench import Candidate, Workbench
-from yolo_sos.core import Method
+from yolo_sos.core import OK, Method, Shift
 from yolo_sos.files import atomic_path, write_text
+from yolo_sos.yolo.job import PREFIX, CheckpointJob, deviations, heldout_moments
+from yolo_sos.yolo.score import headline
 
 RANKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)  # fractions of d
 BUDGETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
@@ -34,21 +33,21 @@ class Point:
         weighting (str): Weighting of the rows; empty for the baseline.
         setting (float): Rank as given (``principal``, ``expected``, ``rows``) or budget; nan where there is none.
         seed (int): Seed of drawn rows.
-        norm_ratio (float): ``Σ‖V*‖² / Σ‖V‖²``.
-        mean_rank (float): Mean rank over the layers.
-        deviation_fit (float): Mean deviation over the layers, on the rows that the solver saw, weighted as it saw them.
+        squared_norm_ratio (float): ``Σ‖V*‖² / Σ‖V‖²``.
+        rank (float): Mean rank over the layers.
+        deviation (float): Mean deviation over the layers, on the rows that the solver saw, weighted as it saw them.
         deviation_heldout (float): Mean deviation over the layers, on all rows of the held-out images.
         heldout_loss (float): Loss per held-out image.
-        metrics (dict[str, dict[str, float]]): Split → the host's metrics.
+        metrics (dict[str, dict[str, float]]): Split → Ultralytics' metrics.
     """
 
     method: str
     weighting: str
     setting: float
     seed: int
-    norm_ratio: float
-    mean_rank: float
-    deviation_fit: float
+    squared_norm_ratio: float
+    rank: float
+    deviation: float
     deviation_heldout: float
     heldout_loss: float
     metrics: dict[str, dict[str, float]]
@@ -60,7 +59,7 @@ class Point:
 
 
 def trials_of(
-    weightings: Iterable[str], *, ranks: Sequence[float] = RANKS, solver: str = "qr", draws: int = 1, seed: int = 0
+    weightings: Iterable[str], *, ranks: Sequence[float] = RANKS, solver: str = "svd", draws: int = 1, seed: int = 0
 ) -> list[tuple[Method, int]]:
     """Return every method over its range, with the seeds of the drawings."""
     trials: list[tuple[Method, int]] = []
@@ -73,49 +72,46 @@ def trials_of(
 
 
 def trace(
-    bench: Workbench, trials: Sequence[tuple[Method, int]], splits: Sequence[str]
+    job: CheckpointJob, trials: Sequence[tuple[Method, int]], splits: Sequence[str]
 ) -> tuple[list[Point], dict[str, float]]:
     """Return the points of ``trials`` at full steps, the baseline first, and the seconds that each part took.
 
-    Seconds: ``capture`` (the pass over the images, held-out ones included), ``algebra`` (solving, held-out losses and
-    deviations), ``validation`` (of the model as it is, all splits) and ``points`` (scoring all others on top of it).
+    Seconds: ``images`` (the pass over them, held-out ones included), ``algebra`` (solving, held-out losses and
+    deviations), ``validation`` (of the model as it is, all splits) and ``points`` (scoring all others beside it).
+
+    Raises:
+        ValueError: If a layer cannot be solved; names the method and why.
     """
     start = time.perf_counter()
-    collector = bench.capture(trials)
-    seconds = {"capture": time.perf_counter() - start, "algebra": 0.0, "validation": 0.0, "points": 0.0}
+    engine = job.fitted(trials)
+    heldout = engine.hold_out(job.images.batches("heldout"))
+    moments = heldout_moments(job.layers, heldout)
+    seconds = {"images": time.perf_counter() - start, "algebra": 0.0, "validation": 0.0, "points": 0.0}
     start = time.perf_counter()
-    candidates = [bench.solve(collector, method, seed) for method, seed in trials]
-    weights = [bench.weights(c) for c in candidates]
-    figures = [_figures(bench, c) for c in TQDM(candidates, desc="held-out loss", unit="point")]
-    baseline = {"norm_ratio": 1.0, "mean_rank": math.nan, "deviation_fit": 0.0, "deviation_heldout": 0.0}
-    figures.insert(0, baseline | {"heldout_loss": bench.heldout.before})
+    shifts = [engine.solve(method, seed) for method, seed in trials]
+    engine.release()
+    names = [("baseline", "", math.nan, 0), *map(_name, shifts)]
+    figures = [(1.0, math.nan, 0.0, 0.0, heldout.before)]
+    for shift in TQDM(shifts, desc="held-out loss", unit="point"):
+        if shift.status != OK:
+            raise ValueError(f"{shift.method}: {shift.status}.")
+        changes = deviations(job.layers, moments, shift.weights()).values()
+        loss = heldout.loss(shift.weights())
+        figures.append((shift.squared_squared_norm, shift.rank, shift.deviation, sum(changes) / len(changes), loss))
     seconds["algebra"] = time.perf_counter() - start
     metrics: list[dict[str, dict[str, float]]] = [{} for _ in figures]
     for split in splits:
-        found, spent = bench.score(weights, split)
+        found, spent = job.score([shift.weights() for shift in shifts], split)
         for of_point, scores in zip(metrics, found, strict=True):
             of_point[split] = scores
         seconds = {k: v + spent.get(k, 0.0) for k, v in seconds.items()}
-    names = [("baseline", "", math.nan, 0), *(_name(c) for c in candidates)]
-    return [Point(*n, **f, metrics=m) for n, f, m in zip(names, figures, metrics, strict=True)], seconds
+    return [Point(*n, *f, metrics=m) for n, f, m in zip(names, figures, metrics, strict=True)], seconds
 
 
-def _name(candidate: Candidate) -> tuple[str, str, float, int]:
-    method = candidate.method
+def _name(shift: Shift) -> tuple[str, str, float, int]:
+    method = shift.method
     setting = {"budget": method.budget, "full": math.nan}.get(method.name, method.rank)
-    return method.name, method.weighting, setting, candidate.seed
-
-
-def _figures(bench: Workbench, candidate: Candidate) -> dict[str, Any]:
-    if not candidate.solved:
-        raise ValueError(f"{candidate.method}: {next(r.status for r in candidate.results.values())}.")
-    weights = bench.weights(candidate)
-    deviations = bench.deviations(weights).values()
-    return {
-        **candidate.summary(),
-        "deviation_heldout": sum(deviations) / len(deviations),
-        "heldout_loss": bench.loss(weights),
-    }
+    return method.name, method.weighting, setting, shift.seed
 
 
 def csv_of(points: Sequence[Point]) -> str:
@@ -130,7 +126,7 @@ def csv_of(points: Sequence[Point]) -> str:
 
 @plt_settings()
 def plot(points: Sequence[Point], path: Path) -> None:
-    """Draw held-out loss, held-out deviation and each split's main metric over the norm ratio, a curve per method."""
+    """Draw held-out loss and deviation and each split's main metric over the squared norm ratio, a curve per method."""
     import matplotlib.pyplot as plt
 
     baseline, *rest = points
@@ -147,21 +143,23 @@ def plot(points: Sequence[Point], path: Path) -> None:
             for p in rest:
                 if p.method == name:
                     settings.setdefault(str(p.setting), []).append(p)
-            curve = sorted((_mean(of, _norm_ratio), _mean(of, value)) for of in settings.values())
+            curve = sorted((_mean(of, _squared_norm), _mean(of, value)) for of in settings.values())
             if not curve:
                 continue
             # `full` lies on the baseline where the rows span everything: a ring around it
             look = {"markersize": 13, "fillstyle": "none"} if name == "full" else {"markersize": 5, "linewidth": 1.4}
             (line,) = ax.plot(*zip(*curve, strict=True), style, label=name, **look)
             drawn = [p for of in settings.values() if len(of) > 1 for p in of]  # every draw, faint, behind their mean
-            ax.scatter([p.norm_ratio for p in drawn], [value(p) for p in drawn], s=9, alpha=0.4, color=line.get_color())
+            ax.scatter(
+                [p.squared_norm_ratio for p in drawn], [value(p) for p in drawn], s=9, alpha=0.4, color=line.get_color()
+            )
         ax.axhline(value(baseline), color="black", linewidth=0.8, linestyle=":")
         ax.plot(1.0, value(baseline), "*", color="black", markersize=12, label="baseline", zorder=3)
         if log:
             ax.set_yscale("symlog", linthresh=0.1)
             ax.yaxis.set_major_formatter("{x:g}")
         ax.set_title(title)
-        ax.set_xlabel("norm ratio  ‖V*‖² / ‖V‖²")
+        ax.set_xlabel("squared norm ratio  ‖V*‖² / ‖V‖²")
         ax.set_xlim(0, 1.05)
         ax.grid(alpha=0.25)
     axes[0].legend(fontsize=9)
@@ -176,8 +174,8 @@ def _metric(scored: tuple[str, dict[str, float]]) -> tuple[str, Callable[[Point]
     return f"{split} {main.removeprefix('metrics/')}", lambda p: p.metrics[split][main]
 
 
-def _norm_ratio(point: Point) -> float:
-    return point.norm_ratio
+def _squared_norm(point: Point) -> float:
+    return point.squared_norm_ratio
 
 
 def _mean(points: Sequence[Point], value: Callable[[Point], float]) -> float:
@@ -188,7 +186,7 @@ class CheckpointSweep(CheckpointJob):
     """A sweep over a checkpoint, checked and ready to ``run``. See ``sweep_checkpoint``."""
 
     draws = 3
-    names = ("sweep.csv", "sweep.png")
+    names = ("{}-sweep.csv", "{}-sweep.png")
 
     def __init__(self, *args: Any, **options: Any):
         """Refuse what a sweep goes through, then check the rest."""
@@ -198,14 +196,14 @@ class CheckpointSweep(CheckpointJob):
         super().__init__(*args, **options)
 
     def run(self) -> list[Point]:
-        """Capture, solve, score, and write ``sweep.csv`` and ``sweep.png``.
+        """Run the images, solve, score, and write ``{stem}-sweep.csv`` and ``{stem}-sweep.png``.
 
         Returns:
             (list[Point]): The baseline, then the curve.
         """
         c, table, picture = self.config, *self.outputs
         trials = trials_of([c.sos_weighting], solver=c.sos_solver, draws=self.draws, seed=self.seed)
-        points, seconds = trace(self.bench, trials, self.splits)
+        points, seconds = trace(self, trials, self.splits)
         write_text(table, csv_of(points))
         plot(points, picture)
         LOGGER.info(f"{PREFIX}{len(points) - 1} points: {cost(seconds)}\n{PREFIX}wrote {table} and {picture}")
@@ -221,7 +219,7 @@ def cost(seconds: dict[str, float]) -> str:
 
 
 def sweep_checkpoint(model: str | Path, data: str | Path | None = None, **options: Any) -> list[Point]:
-    """Trace what every method does to a trained checkpoint, and write ``sweep.csv`` and ``sweep.png`` beside it.
+    """Trace what every method does to a trained checkpoint, and write ``{stem}-sweep.csv`` and ``.png`` beside it.
 
     The images run through the model once; each point is algebra on the last layers, and of a validation only what
     follows them. The checkpoint itself is not written.

@@ -1,0 +1,21 @@
+# yolo-sos, AGPL-3.0
+"""What knows Ultralytics: heads, images, checkpoint files, shifts of checkpoints, and what extends its trainers."""
+
+from yolo_sos._lazy import lazy_exports
+
+_MODULES = {
+    "Checkpoint": "yolo_sos.yolo.checkpoint",
+    "CheckpointData": "yolo_sos.yolo.images",
+    "CheckpointReport": "yolo_sos.yolo.shift_report",
+    "CheckpointShift": "yolo_sos.yolo.shift",
+    "CheckpointSweep": "yolo_sos.yolo.sweep",
+    "ImageSample": "yolo_sos.yolo.images",
+    "Shifting": "yolo_sos.yolo.shifting",
+    "TrainerExtension": "yolo_sos.yolo.training",
+    "YoloTask": "yolo_sos.yolo.heads",
+    "final_layers": "yolo_sos.yolo.heads",
+    "shift_checkpoint": "yolo_sos.yolo.shift",
+    "sweep_checkpoint": "yolo_sos.yolo.sweep",
+}
+__all__ = sorted(_MODULES)
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

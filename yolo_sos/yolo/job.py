@@ -1,0 +1,174 @@
+# yolo-sos, AGPL-3.0
+"""What operations on a trained checkpoint have in common: options, their checks, images, and where results go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, ClassVar
+
+from ultralytics.utils import TQDM, colorstr
+from ultralytics.utils.torch_utils import select_device
+
+from yolo_sos.config import SHIFT_SETTINGS, SOSConfig
+from yolo_sos.core import Engine, FinalLayer, HeldOut, Method, Moments, as_float64, input_rows, weight_matrix
+from yolo_sos.core.checks import boolean, number, optional
+from yolo_sos.yolo.checkpoint import Checkpoint
+from yolo_sos.yolo.heads import YoloTask, layers_of_kinds
+from yolo_sos.yolo.images import CheckpointData, split_sizes
+from yolo_sos.yolo.score import score
+
+IMAGES = 512  # to fit on by default: several of each class in most data sets
+PREFIX = colorstr("SOS: ")
+
+
+def shift_settings(settings: dict[str, Any]) -> tuple[SOSConfig, int | None]:
+    """Return the settings of a single shift, checked, and the number of images to fit on (None: all).
+
+    Args:
+        settings (dict): Settings as in ``cfg/sos.yaml``, with or without ``sos_`` before their names. ``images`` may be
+            ``all``. Those that only a training has are refused.
+
+    Raises:
+        ValueError: If a setting is unknown, wrong, or given by both of its names.
+    """
+    full: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"sos_{key}" if key in SHIFT_SETTINGS else key
+        if name.removeprefix("sos_") not in SHIFT_SETTINGS:
+            raise ValueError(f"'{key}' is not a setting of a checkpoint's shift: {', '.join(SHIFT_SETTINGS)}.")
+        if name in full:
+            raise ValueError(f"'{name}' is given twice, also as '{name.removeprefix('sos_')}'.")
+        full[name] = value
+    if full.get("sos_images") == "all":
+        del full["sos_images"]
+        return SOSConfig.from_dict(full), None
+    config = SOSConfig.from_dict({"sos_images": IMAGES, **full})
+    return config, config.sos_images
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Raise a ``ValueError`` that names the key unless the value is None or an integer of at least ``least``."""
+    optional(number(f"an integer of at least {least}", lambda x: x >= least, integer=True))(name, value)
+
+
+def check_free(paths: Sequence[Path], exist_ok: bool) -> None:
+    """Raise before any long work if a result could not be written.
+
+    Args:
+        paths (Sequence[Path]): The files, all in one folder.
+        exist_ok (bool): Whether existing files may be replaced.
+
+    Raises:
+        FileExistsError: If one exists already and may not be replaced.
+        PermissionError: If the folder cannot be written to.
+    """
+    for path in paths:
+        if path.exists() and not exist_ok:
+            raise FileExistsError(f"{path} exists already. Move it away, or pass exist_ok=True to replace it.")
+    try:
+        with TemporaryFile(dir=paths[0].parent):
+            pass
+    except OSError as e:
+        raise PermissionError(f"{paths[0].parent} cannot be written to: {e.strerror}.") from e
+
+
+class CheckpointJob:
+    """Work on a checkpoint, checked and ready to ``run``: whatever can be wrong is told before the first image.
+
+    Attributes:
+        config (SOSConfig): The settings.
+        draws (int): Drawings of rows.
+        seed (int): Chooses the images and the first drawing.
+        splits (tuple[str, ...]): Splits to score.
+        checkpoint (Checkpoint): The checkpoint.
+        data (CheckpointData): Its data.
+        images (ImageSample): The images, in sets ``fit``, ``heldout`` and, to choose between drawings, ``selection``.
+        layers (list[FinalLayer]): The layers that are shifted.
+        outputs (list[Path]): The files to write, beside the checkpoint.
+    """
+
+    draws = 1
+    names: ClassVar[tuple[str, ...]] = ()  # of the files to write; {} is the checkpoint's
+
+    def __init__(
+        self,
+        model: str | Path,
+        data: str | Path | None = None,
+        *,
+        draws: int | None = None,
+        imgsz: int | None = None,
+        batch: int | None = None,
+        device: str | int | None = None,
+        seed: int = 0,
+        val: bool = True,
+        exist_ok: bool = False,
+        **settings: Any,
+    ):
+        """Check the options, the checkpoint, its folder and the data, in this order."""
+        self.config, images = shift_settings(settings)
+        for name, count, least in (("draws", draws, 1), ("imgsz", imgsz, 32), ("batch", batch, 1), ("seed", seed, 0)):
+            check_integer(name, count, least)
+        self.draws, self.seed = draws or self.draws, seed
+        self.splits = ("val",) if boolean("val", val) else ()
+        self.checkpoint = Checkpoint(model)
+        self.outputs = [self.checkpoint.path.with_name(name.format(self.checkpoint.path.stem)) for name in self.names]
+        check_free(self.outputs, boolean("exist_ok", exist_ok))
+        self.layers = layers_of_kinds(self.checkpoint.layers, self.config.kinds)
+        self.device = select_device("" if device is None else device, verbose=False)
+        self.data = CheckpointData(
+            self.checkpoint, data, imgsz=imgsz, batch=batch, device=self.device, splits=self.splits
+        )
+        several = self.config.sos_method == "rows" and self.draws > 1
+        sizes = split_sizes(len(self.data.dataset), images, selection=several)
+        self.images = self.data.sample(sizes, seed)
+        self.model = self.checkpoint.model.to(self.device)
+        self.task = YoloTask(self.model)
+
+    def run(self) -> Any:
+        """Do the work and write its results."""
+        raise NotImplementedError
+
+    def fitted(self, trials: Sequence[tuple[Method, int]]) -> Engine:
+        """Return an engine that has seen the images to fit on, each once."""
+        engine = Engine(self.model, self.layers, self.task, trials)
+        with TQDM(total=len(self.images.sets["fit"]), desc="fit images", unit="img") as bar:
+
+            def counted():
+                for batch in self.images.batches("fit"):
+                    yield batch
+                    bar.update(len(batch["img"]))
+
+            engine.fit(counted())
+        return engine
+
+    def score(self, weights: Sequence[dict[str, Any]], split: str) -> tuple[list[dict[str, float]], dict[str, float]]:
+        """Return Ultralytics' metrics on a split, of the model as it is and with each set of weights, and the time.
+
+        Weights are rounded to half precision first, as a checkpoint holds them.
+        """
+        args = {**self.data.args, "split": split, "rect": True}  # rect as 'yolo val' has it
+        rounded = [{name: w.half().to(w.dtype) for name, w in one.items()} for one in weights]
+        return score(self.checkpoint.validator, args, self.model, rounded)
+
+
+def heldout_moments(layers: Sequence[FinalLayer], heldout: HeldOut) -> dict[str, Moments]:
+    """Return the second moment of each layer's rows on held-out images, all alike, by name."""
+    moments = {layer.name: Moments(weight_matrix(layer.module).shape[1]) for layer in layers}
+    for inputs in heldout.inputs:
+        for layer in layers:
+            moments[layer.name].update(input_rows(layer.module, inputs[layer.name]))
+    return moments
+
+
+def deviations(layers: Sequence[FinalLayer], moments: dict[str, Moments], weights: dict[str, Any]) -> dict[str, float]:
+    """Return ``‖A(V*−V)ᵀ‖_F / ‖AVᵀ‖_F`` of each layer, on the rows whose second moments are given."""
+    found = {}
+    for layer in layers:
+        g = moments[layer.name].matrix
+        v = as_float64(weight_matrix(layer.module)).to(g.device)
+        change = as_float64(weights[layer.name]).to(g.device) - v
+        size, moved = (float((x @ g * x).sum()) for x in (v, change))
+        found[layer.name] = (max(moved, 0.0) / size) ** 0.5 if size > 0 else 0.0
+    return found

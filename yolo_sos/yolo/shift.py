@@ -1,0 +1,202 @@
+# yolo-sos, AGPL-3.0
+"""Shift a trained checkpoint and write it beside the original."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils import LOGGER
+
+from yolo_sos.config import SHIFT_SETTINGS
+from yolo_sos.core import OK, Engine, FinalLayer, HeldOut, Shift, as_float64, input_rows, weight_matrix
+from yolo_sos.files import atomic_path, write_text
+from yolo_sos.yolo.heads import YoloTask
+from yolo_sos.yolo.job import PREFIX, CheckpointJob, deviations, heldout_moments
+from yolo_sos.yolo.shift_report import CheckpointLayer, CheckpointReport
+
+
+class CheckpointShift(CheckpointJob):
+    """A shift of a checkpoint, checked and ready to ``run``. See ``shift_checkpoint``."""
+
+    draws = 10
+    names = ("{}-sos.pt", "{}-sos.json")
+
+    def run(self) -> CheckpointReport:
+        """Shift, and write the result unless the guard forbids it.
+
+        Returns:
+            (CheckpointReport): What happened.
+        """
+        method, guard = self.config.method, self.config.sos_guard
+        rows = method.name == "rows"
+        trials = [(method, seed) for seed in range(self.seed, self.seed + (self.draws if rows else 1))]
+        engine = self.fitted(trials)
+        shifts = [engine.solve(*trial) for trial in trials]
+        engine.release()
+        shift, draws = self._best_draw(engine, shifts) if rows else (shifts[0], ())
+        batches = list(self.images.batches("heldout"))
+        heldout = engine.hold_out(batches)
+        full = heldout.loss(shift.weights()) if shift.status == OK else math.nan
+        step, before, after = engine.accept(shift, heldout, guard)
+        weights = shift.weights(step)
+        metrics: list[dict[str, float]] = [{}, {}]
+        engine.watch.lap("guard")
+        if step > 0 and self.splits:
+            metrics, _ = self.score([weights], *self.splits)
+            engine.watch.lap("val")
+        output, json = self.outputs
+        settings = {key: getattr(self.config, f"sos_{key}") for key in SHIFT_SETTINGS if rows or key != "solver"}
+        sizes = {name: len(of) for name, of in self.images.sets.items() if of}
+        settings |= {"images": sizes["fit"], "seed": self.seed, **({"draws": self.draws} if rows else {})}
+        report = CheckpointReport(
+            **{
+                **vars(engine.report(shift, step, before, after, guard)),
+                "layers": self._layers(shift, heldout, weights, step),
+            },
+            heldout_full=full,
+            model=str(self.checkpoint.path),
+            data=self.data.args["data"],
+            output=None,
+            settings=settings,
+            images=sizes,
+            draws=draws,
+            metrics_before=metrics[0],
+            metrics_after=metrics[1],
+        )
+        if step == 0:
+            LOGGER.warning(f"{PREFIX}{report.refusal()}")
+            return report
+        with atomic_path(output) as temporary:
+            self.checkpoint.save(temporary, weights, {"settings": settings, "step": step})
+            rounding, saved = self._judge_file(temporary, batches, heldout, weights)
+            if guard is not None and not saved <= before + guard * abs(before):
+                raise ValueError(
+                    f"Rounded to half precision, the model has a held-out loss of {saved:.5g}, above the "
+                    f"{before:.5g} before the shift by more than sos_guard={guard:g}. Nothing was written."
+                )
+            engine.watch.lap("write")
+            report = report.as_written(str(output), saved, rounding)
+            write_text(json, report.to_json())
+        LOGGER.info(f"\n{report.table()}\n\n{PREFIX}wrote {output} and {json}")
+        return report
+
+    def _best_draw(self, engine: Engine, shifts: list[Shift]) -> tuple[Shift, tuple[dict[str, float], ...]]:
+        """Return the draw of least loss on images that are set aside for this choice, and figures of all, best first.
+
+        The images of the guard take no part, so that the loss on them is that of a model not chosen by it.
+        """
+        if len(shifts) == 1:
+            return shifts[0], ()
+        selection = engine.hold_out(self.images.batches("selection"))
+        losses = [selection.loss(s.weights()) if s.status == OK else math.inf for s in shifts]
+        moments = heldout_moments(self.layers, selection)
+        draws = []
+        for i in sorted(range(len(shifts)), key=lambda i: (not math.isfinite(losses[i]), losses[i])):
+            changes = deviations(self.layers, moments, shifts[i].weights()).values()
+            draws.append(
+                {
+                    "seed": shifts[i].seed,
+                    "squared_norm_ratio": shifts[i].squared_norm_ratio,
+                    "rank": shifts[i].rank,
+                    "deviation": shifts[i].deviation,
+                    "deviation_selection": sum(changes) / len(changes),
+                    "selection_loss": losses[i],
+                }
+            )
+        best = next(s for s in shifts if s.seed == draws[0]["seed"])
+        return best, tuple(draws)
+
+    def _layers(
+        self, shift: Shift, heldout: HeldOut, weights: dict[str, Tensor], step: float
+    ) -> tuple[CheckpointLayer, ...]:
+        """Return what happened to the layers, but for the rounding: the file is not written yet."""
+        changes = deviations(self.layers, heldout_moments(self.layers, heldout), weights)
+        return tuple(
+            CheckpointLayer(
+                name=layer.name,
+                kind=layer.kind,
+                level=layer.level,
+                d=weights[layer.name].shape[1],
+                rows=shift.rows[layer.name],
+                rank=shift.results[layer.name].rank,
+                norm_before=shift.results[layer.name].norm_before,
+                norm_after=float(as_float64(weights[layer.name]).norm()),
+                deviation=step * shift.results[layer.name].deviation,
+                status=shift.results[layer.name].status,
+                deviation_heldout=changes[layer.name],
+                rounding=math.nan,
+                milliseconds=shift.milliseconds[layer.name],
+            )
+            for layer in self.layers
+        )
+
+    def _judge_file(
+        self, path: Path, batches: list[dict[str, Any]], heldout: HeldOut, weights: dict[str, Tensor]
+    ) -> tuple[dict[str, float], float]:
+        """Read a written checkpoint as Ultralytics does, and return what rounding did, and the file's held-out loss.
+
+        Args:
+            path (Path): The written file.
+            batches (list[dict]): The held-out batches.
+            heldout (HeldOut): The loss on them, and the inputs of the final layers, before the model was rounded.
+            weights (dict[str, Tensor]): The weights before they were rounded.
+
+        Raises:
+            ValueError: If the file's outputs are not finite.
+        """
+        model, _ = load_checkpoint(path, device=self.device)
+        task = YoloTask(model, self.task.criterion)
+        layers = {layer.name: layer for layer in task.layers}
+        written = Engine(model, [layers[name] for name in weights], task).hold_out(batches)
+        changed, size = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0.0)
+        for inputs, new in zip(heldout.inputs, written.inputs, strict=True):
+            for name, weight in weights.items():
+                exact = _outputs(layers[name], inputs[name], weight)
+                off = _outputs(layers[name], new[name], weight_matrix(layers[name].module)) - exact
+                changed[name] += float(off.square().sum())
+                size[name] += float(exact.square().sum())
+        rounding = {name: (changed[name] / size[name]) ** 0.5 if size[name] else 0.0 for name in weights}
+        if not all(map(math.isfinite, rounding.values())):
+            raise ValueError("Half precision cannot hold the shifted weights: their outputs are not finite.")
+        return rounding, written.before
+
+
+def _outputs(layer: FinalLayer, inputs: Tensor, weight: Tensor) -> Tensor:
+    """Return a layer's output rows ``(n, out)`` with another weight, in float64: no rounding but that of the weight."""
+    bias = layer.module.bias
+    out = as_float64(input_rows(layer.module, inputs)) @ as_float64(weight).T
+    return out if bias is None else out + as_float64(bias)  # type: ignore[arg-type]
+
+
+def shift_checkpoint(model: str | Path, data: str | Path | None = None, **options: Any) -> CheckpointReport:
+    """Shift the final layers of a trained checkpoint and write ``{stem}-sos.pt`` and ``{stem}-sos.json`` beside it.
+
+    Args:
+        model (str | Path): A checkpoint of Ultralytics, trained with or without SOS.
+        data (str | Path, optional): The data set, as Ultralytics names it. None: that of the training.
+        **options (Any): ``method``, ``rank``, ``weighting``, ``budget``, ``solver``, ``layers`` and ``guard`` as in
+            ``cfg/sos.yaml``, with or without ``sos_`` before them; ``images`` (int | str): training images to fit on,
+            or ``all``, 512 by default; ``draws`` (int): for method ``rows``, how many to try, 10 by default: the one
+            of least loss on images set aside for that is taken; ``imgsz``, ``batch`` (int): those of the training by
+            default; ``device`` (str); ``seed`` (int): 0 by default; ``val`` (bool): whether to score the val split
+            before and after, on by default; ``exist_ok`` (bool): whether to replace existing files.
+
+    Returns:
+        (CheckpointReport): What happened. Its ``output`` is None if nothing was written.
+
+    Raises:
+        FileNotFoundError: If the checkpoint, the data set or its images are missing.
+        FileExistsError: If a result exists already.
+        PermissionError: If the checkpoint's folder cannot be written to.
+        TypeError: If the file is no checkpoint, or of a model that SOS cannot shift.
+        ValueError: If a setting is wrong, the model is fused or not finite, or the data do not fit it.
+
+    Examples:
+        >>> report = shift_checkpoint("runs/detect/train/weights/best.pt", "VOC.yaml", rank=0.5)
+        >>> print(report.squared_norm_ratio, report.metrics_before, report.metrics_after)
+    """
+    return CheckpointShift(model, data, **options).run()
