@@ -28,8 +28,8 @@ def columns(reports: dict[str, ShiftReport]) -> dict[str, float]:
 
     Returns:
         (dict[str, float]): ``sos/squared_norm_ratio``, ``Σ‖V_t‖²/Σ‖V‖²``; ``sos/rank`` and ``sos/deviation``, means
-            over layers; ``sos/heldout_before`` and ``sos/heldout_after``, loss per image; ``sos/t``; ``sos/ms``, all models
-            together.
+            over layers; ``sos/heldout_before`` and ``sos/heldout_after``, loss per image; ``sos/t``; ``sos/ms``, of all
+            models together.
     """
     if not reports:
         return {f"sos/{name}": float("nan") for name in COLUMNS}
