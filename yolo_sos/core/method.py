@@ -3,13 +3,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from yolo_sos.core import checks
 
-METHODS = ("principal", "expected", "budget", "full", "rows")
+METHODS = ("loss", "principal", "expected", "budget", "full", "rows")
 SOLVERS = ("svd", "gauss")
 WEIGHTINGS = ("balanced", "confidence", "uniform")
+SETTING = {
+    "loss": "budget",
+    "principal": "rank",
+    "expected": "rank",
+    "budget": "budget",
+    "rows": "rank",
+}  # its strength
+UNJUDGED = {"rank": 0.5, "budget": 0.01}  # where nothing is held out, so that no strength can be found
+SMALLEST = 1e-4  # relative change of the outputs: a shift that changes less is not worth writing
 
 
 @dataclass(frozen=True)
@@ -17,34 +26,60 @@ class Method:
     """How the weights of one layer are found.
 
     Attributes:
-        name (str): ``principal``: keep the leading eigenvectors of the rows' second moment. ``expected``: what randomly
-            drawn rows keep on average. ``budget``: the least norm within a relative change of the outputs. ``full``:
-            only null directions go. ``rows``: the span of randomly drawn rows, as published.
-        rank (int | float): Rank kept (``principal``), rows expected (``expected``) or drawn (``rows``): an int, or a
-            float up to 1.0 as a fraction of the layer's input size d.
-        budget (float): ``budget``: relative change of the outputs that is allowed, in [0, 1).
+        name (str): ``loss``: the least norm within a relative change of the outputs, each weighted by how much the loss
+            depends on it, in all layers together. ``principal``: keep the leading eigenvectors of the rows' second
+            moment. ``expected``: what randomly drawn rows keep on average. ``budget``: the least norm within a relative
+            change of the outputs. ``full``: only null directions go. ``rows``: the span of randomly drawn rows, as
+            published.
+        rank (int | float | None): Rank kept (``principal``), rows expected (``expected``) or drawn (``rows``): an int,
+            or a float up to 1.0 as a fraction of the layer's input size d. None: the least that the guard accepts.
+        budget (float | None): ``loss`` and ``budget``: relative change of the outputs that is allowed, in [0, 1). None:
+            the largest that the guard accepts.
         solver (str): ``rows``: ``svd``, or ``gauss``, the elimination of the paper's Algorithm 1.
-        weighting (str): Whose outputs matter: ``balanced``, ``confidence`` or ``uniform``, see ``row_groups``.
+        weighting (str): Whose outputs matter: ``balanced``, ``confidence`` or ``uniform``, see ``row_groups``. Not of
+            ``loss``, which has its own.
 
     Raises:
         ValueError: If a value is wrong; names it and its range.
     """
 
-    name: str = "principal"
-    rank: int | float = 0.5
-    budget: float = 0.01
+    name: str = "loss"
+    rank: int | float | None = None
+    budget: float | None = None
     solver: str = "svd"
     weighting: str = "balanced"
 
     def __post_init__(self):
         """Refuse wrong values where they are written, not in the middle of a shift."""
         checks.choice(*METHODS)("method", self.name)
-        checks.rank("rank", self.rank)
-        checks.budget("budget", self.budget)
+        checks.optional(checks.rank)("rank", self.rank)
+        checks.optional(checks.budget)("budget", self.budget)
         checks.choice(*SOLVERS)("solver", self.solver)
         checks.choice(*WEIGHTINGS)("weighting", self.weighting)
 
+    @property
+    def is_found(self) -> bool:
+        """Whether the guard decides how strong a shift is, not a given rank or budget."""
+        return self.name in SETTING and getattr(self, SETTING[self.name]) is None
+
+    def at(self, strength: float | None) -> Method:
+        """Return the method with its rank or budget set.
+
+        Args:
+            strength (float, optional): From 0, which changes next to nothing, to 1. The rank falls linearly; the budget
+                grows geometrically. None: a rank of half of d, or a budget of 0.01.
+        """
+        if self.name not in SETTING:
+            return self
+        key = SETTING[self.name]
+        if strength is None:
+            return replace(self, **{key: UNJUDGED[key]})
+        return replace(
+            self, **{key: max(1.0 - strength, 1e-6) if key == "rank" else min(SMALLEST ** (1 - strength), 0.999)}
+        )
+
     def rank_of(self, d: int) -> int:
-        """Return the rank for a layer of input size d; at most d, except for drawn rows."""
-        rank = max(1, round(self.rank * d)) if isinstance(self.rank, float) else self.rank
+        """Return the rank for a layer of input size d, at least 1 and, except for drawn rows, at most d."""
+        rank = UNJUDGED["rank"] if self.rank is None else self.rank
+        rank = max(1, round(rank * d)) if isinstance(rank, float) else rank
         return rank if self.name == "rows" else min(rank, d)

@@ -152,33 +152,41 @@ class RowSample:
         if sum(len(part[0]) for part in self._parts) > 2 * self.size:  # seldom: a selection sorts, and copies rows
             self._select()
 
+    def take(self, size: int) -> Tensor:
+        """Return the rows that would have been drawn if ``size`` had been asked for, at most as many as were."""
+        if not self._parts:
+            return torch.empty(0, self.d)
+        self._select()
+        ((features, _, group, _, priority),) = self._parts
+        return features[_first(group, priority, self._quotas(size)).to(features.device)]
+
     def _select(self) -> None:
         """Keep each group's rows of largest priority, as many as it may have, and raise its threshold."""
         group, weight, priority = (torch.cat(x) for x in list(zip(*self._parts, strict=True))[2:])
-        order = priority.argsort(descending=True, stable=True)
-        order = order[group[order].argsort(stable=True)]  # by group, and by priority within it
-        place = torch.arange(len(order)) - torch.searchsorted(group[order], group[order])
-        # A group that may have no row still keeps a non-finite one.
-        stays = (place < self._quotas()[group[order]]) | (place == 0) & priority[order].isinf()
-        gone = order[~stays]
-        self._threshold.scatter_reduce_(0, group[gone], priority[gone], "amax")
-        mask = torch.zeros(len(order), dtype=torch.bool).index_fill_(0, order[stays], True)
+        mask = _first(group, priority, self._quotas(self.size))
+        self._threshold.scatter_reduce_(0, group[~mask], priority[~mask], "amax")
         masks = mask.split([len(part[1]) for part in self._parts])
         rows = torch.cat([x[i[m].to(x.device)] for (x, i, *_), m in zip(self._parts, masks, strict=True)])
         self._parts = [(rows, torch.arange(len(rows)), group[mask], weight[mask], priority[mask])]
 
-    def _quotas(self) -> Tensor:
-        """Return how many rows each group may have, ``(groups,)``."""
-        share, rest = divmod(self.size, len(self._turn))
+    def _quotas(self, size: int) -> Tensor:
+        """Return how many of ``size`` rows each group may have, ``(groups,)``."""
+        share, rest = divmod(size, len(self._turn))
         return share + (self._turn < rest).long()
 
     @property
     def sample(self) -> Tensor:
         """The rows drawn, ``(at most size, d)``, in the features' dtype and device, as they arrived."""
+        return self.take(self.size)
+
+    @property
+    def weighted(self) -> tuple[Tensor, Tensor]:
+        """The rows drawn ``(n, d)``, and how many rows each stands for ``(n,)``, on average: at least 1."""
         if not self._parts:
-            return torch.empty(0, self.d)
+            return torch.empty(0, self.d), torch.empty(0)
         self._select()
-        return self._parts[0][0]
+        ((features, _, group, weight, _),) = self._parts
+        return features, (self._threshold[group] / weight).clamp(min=1.0).to(features.device)
 
     @property
     def moments(self) -> Moments:
@@ -192,3 +200,13 @@ class RowSample:
             total.update(features, weight / mass[group])
         total.rows = self.rows
         return total
+
+
+def _first(group: Tensor, priority: Tensor, quotas: Tensor) -> Tensor:
+    """Return a mask of the rows of largest priority in each group, as many as its quota ``(groups,)``."""
+    order = priority.argsort(descending=True, stable=True)
+    order = order[group[order].argsort(stable=True)]  # by group, and by priority within it
+    place = torch.arange(len(order)) - torch.searchsorted(group[order], group[order])
+    # A group that may have no row still keeps a non-finite one.
+    first = (place < quotas[group[order]]) | (place == 0) & priority[order].isinf()
+    return torch.zeros(len(order), dtype=torch.bool).index_fill_(0, order[first], True)

@@ -167,10 +167,10 @@ class SOS:
             batches = chain([first], batches)
         engine = Engine(self.model, self.layers, self._task, [(self.method, seed)])
         engine.fit(batches)
-        shift = engine.solve(self.method, seed)
-        engine.release()
         held = engine.hold_out(self._on_device(heldout))
         guard = self.guard if held.images else None
+        shift = engine.find(self.method, seed, held, guard)
+        engine.release()
         step, before, after = engine.accept(shift, held, guard, self.largest)
         engine.write(shift, step, {layer.name: self.momentum(layer) for layer in shift.layers})
         self.shifts += 1
