@@ -18,20 +18,18 @@ from yolo_sos.core.layers import (
     FinalLayer,
     check_unshared,
     layer_output,
-    rows_of_outputs,
     weight_matrix,
     write_weight,
 )
-from yolo_sos.core.method import UNJUDGED, Method
+from yolo_sos.core.method import Method
 from yolo_sos.core.moments import CAPACITY, Moments, RowSample, as_float64
 from yolo_sos.core.report import LayerReport, ShiftReport
-from yolo_sos.core.solvers import OK, ShiftResult, SlopeSpectrum, loss_shifts, solve
+from yolo_sos.core.solvers import OK, ShiftResult, solve
 from yolo_sos.core.tasks import Task
 from yolo_sos.core.weighting import LayerRows, has_background
 
 STEPS = (1.0, 0.5, 0.25)  # parts of the largest t of V + t(V* − V), in the order in which the guard tries them; else 0
 HALVINGS = 7  # of the interval of strengths: a budget is then found to within 4 %, a rank to within a hundredth of d
-SAMPLE = 2048  # rows of a layer that slopes are sampled to: each of its outputs has a second moment of them
 FAITHFUL = 1e-3  # relative difference of a replayed loss from the model's own: far above rounding, far below a mistake
 
 
@@ -148,7 +146,6 @@ class Engine:
         for method, seed in trials:
             self._trials.setdefault(_cache_key(method, seed), []).append((method, seed))
         self._accumulators: dict[tuple[Any, ...], dict[str, Moments | RowSample]] = {key: {} for key in self._trials}
-        self._slopes: dict[str, SlopeSpectrum] = {}  # of method `loss`, by layer
 
     def run(
         self, batches: Iterable[Any], add: Callable[[Any, Any, dict[str, Tensor]], None], phase: str = "forward"
@@ -185,19 +182,12 @@ class Engine:
 
         def add(batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
             rows = LayerRows(self.task, self.watched, inputs, batch)
-            if _LOSS in trials:
-                slopes = self._squared_slopes(batch, output, inputs)
             for layer in self.layers:
                 for key, (methods, generator) in trials.items():
                     accumulators = self._accumulators[key]
                     if layer.name not in accumulators:
                         accumulators[layer.name] = _accumulator(methods, layer, rows.classes(layer), generator)
                     accumulator = accumulators[layer.name]
-                    if key == _LOSS:
-                        a, h = rows.of(layer), slopes[layer.name]
-                        weights = h.sum(1) * a.square().sum(1)  # of the row in the trace of the moments
-                        accumulator.update(torch.cat([a, h], 1), torch.zeros(len(a), dtype=torch.long), weights)  # type: ignore[call-arg, arg-type]
-                        continue
                     groups, weights = rows.groups(layer, _weighting(methods[0]))
                     if isinstance(accumulator, Moments):
                         accumulator.update(rows.of(layer), weights)
@@ -207,29 +197,11 @@ class Engine:
         self.run(batches, add, "rows")
         if not any(a.rows for of in self._accumulators.values() for a in of.values()):
             raise ValueError("There is nothing to fit on: no batch had a row.")
-
-    def _squared_slopes(self, batch: Any, output: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the squared slopes of each image's loss in the outputs of the layers, by name, ``(n, out)``."""
-        leaves = {name: z.requires_grad_() for name, z in layer_outputs(self.watched, {}, inputs).items()}
-        state = self.task.replay_state(batch, output)
-        with torch.enable_grad():
-            if state is None:
-                with replaced_outputs(self.watched, leaves):
-                    replayed, kept = self.task.run(self.model, batch), batch
-            else:
-                kept, replayed = state[0], self.task.replay(state[1], leaves)
-            # The loss is a mean over images: each image's own slopes are as many times larger.
-            loss = self.task.size(batch) * self.task.loss(replayed, kept)
-            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        layers = {layer.name: layer for layer in self.watched}
-        return {
-            name: rows_of_outputs(layers[name].module, torch.zeros_like(leaf) if grad is None else grad).square()
-            for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
-        }
-
-    def release(self) -> None:
-        """Release what was accumulated: other batches need the memory."""
-        self._accumulators, self._slopes = {}, {}
+        for key, accumulators in self._accumulators.items():
+            if self._trials[key][0][0].name != "rows":  # the sample has served; held-out batches need the memory
+                self._accumulators[key] = {
+                    name: rows.moments if isinstance(rows, RowSample) else rows for name, rows in accumulators.items()
+                }
 
     def hold_out(self, batches: Iterable[Any]) -> HeldOut:
         """Run held-out batches and return the task loss on them, as a function of the layers' weights."""
@@ -240,25 +212,19 @@ class Engine:
     def solve(self, method: Method, seed: int = 0) -> Shift:
         """Return the shift of all chosen layers by one of the methods."""
         accumulators = self._accumulators[_cache_key(method, seed)]
-        weights = {layer.name: weight_matrix(layer.module) for layer in self.layers}
         results, milliseconds = {}, {}
         self.watch.lap("solve")
-        if method.name == "loss":
-            budget = UNJUDGED["budget"] if method.budget is None else method.budget
-            for name, weight in weights.items() if not self._slopes else ():
-                self._slopes[name] = SlopeSpectrum(accumulators[name], weight)  # type: ignore[arg-type]
-            results = loss_shifts(self._slopes, weights, budget=budget)
-            milliseconds = dict.fromkeys(weights, self.watch.lap("solve") / len(weights))
-        for name, weight in weights.items() if method.name != "loss" else ():
-            results[name] = solve(method, accumulators[name], weight)
-            milliseconds[name] = self.watch.lap("solve")
+        for layer in self.layers:
+            results[layer.name] = solve(method, accumulators[layer.name], weight_matrix(layer.module))
+            milliseconds[layer.name] = self.watch.lap("solve")
         rows = {layer.name: accumulators[layer.name].rows for layer in self.layers}
         return Shift(method, seed, self.layers, results, rows, milliseconds)
 
     def moments(self, layer: FinalLayer, method: Method, seed: int = 0) -> Moments:
         """Return the second moment of a layer's rows that a method is solved with."""
-        accumulator = self._accumulators[_cache_key(method, seed)][layer.name]
-        return accumulator.moments if isinstance(accumulator, RowSample) else accumulator
+        moments = self._accumulators[_cache_key(method, seed)][layer.name]
+        assert isinstance(moments, Moments)
+        return moments
 
     def find(self, method: Method, seed: int, heldout: HeldOut, guard: float | None) -> Shift:
         """Return the shift by a method, as strong as the guard accepts where no rank or budget is given.
@@ -435,17 +401,6 @@ def layer_outputs(
 
 
 @contextmanager
-def replaced_outputs(layers: Sequence[FinalLayer], outputs: dict[str, Tensor]) -> Iterator[None]:
-    """Let layers return other outputs (layer name → tensor), by hooks that are removed on leaving."""
-    handles = [layer.module.register_forward_hook(lambda *_, z=outputs[layer.name]: z) for layer in layers]  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def temporary_weights(layers: Sequence[FinalLayer], weights: dict[str, Tensor]) -> Iterator[None]:
     """Write weights (layer name → ``(out, d)``), and restore the layers' own, bit for bit, on leaving."""
     before = [(layer, weight_matrix(layer.module).clone()) for layer in layers if layer.name in weights]
@@ -458,17 +413,12 @@ def temporary_weights(layers: Sequence[FinalLayer], weights: dict[str, Tensor]) 
             write_weight(layer.module, own)
 
 
-_LOSS = ("loss",)  # the _cache_key of method `loss`
-
-
 def _weighting(method: Method) -> str:
     return "uniform" if method.name == "full" else method.weighting  # the span of all rows has no weights
 
 
 def _cache_key(method: Method, seed: int) -> tuple[Any, ...]:
     """Return what tells accumulators apart: the weighting and, for drawn rows, the seed."""
-    if method.name == "loss":
-        return _LOSS
     return (_weighting(method), seed) if method.name == "rows" else (_weighting(method),)
 
 
@@ -480,10 +430,8 @@ def _accumulator(
     A single group has its exact second moment. Several groups have the mean of theirs, which needs the mass of each,
     known only at the end: so a sample of the rows is held until then.
     """
-    method, (out, d) = methods[0], weight_matrix(layer.module).shape
+    method, d = methods[0], weight_matrix(layer.module).shape[1]
     weighting = _weighting(method)
-    if method.name == "loss":
-        return RowSample(d + out, 1, SAMPLE, generator)
     groups, background = classes if weighting == "balanced" else 1, has_background(weighting, layer.kind)
     if method.name == "rows":
         size = max(d if m.is_found else m.rank_of(d) for m in methods)  # of which each takes as many as it asks for

@@ -203,14 +203,6 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     return x[:, :, ::s, ::t].permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # [B, d, H, W] → [B, H, W, d] → [B·H·W, d]
 
 
-def rows_of_outputs(module: nn.Module, z: Tensor) -> Tensor:
-    """Return a layer's output, or a gradient of its shape, as ``(n, out)``: the rows of ``input_rows``, in their order."""
-    if isinstance(module, nn.Linear):
-        return z.reshape(-1, z.shape[-1])
-    z = z.unsqueeze(0) if z.ndim == 3 else z
-    return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
-
-
 def weight_matrix(module: nn.Module) -> Tensor:
     """Return the weight V as ``(out, d)``: a view of the layer's own parameter, detached from autograd."""
     weight: Tensor = module.weight.detach()  # type: ignore[assignment, operator]

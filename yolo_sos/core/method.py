@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 from yolo_sos.core import checks
 
-METHODS = ("loss", "principal", "expected", "budget", "full", "rows")
+METHODS = ("expected", "principal", "budget", "full", "rows")
 SOLVERS = ("svd", "gauss")
 WEIGHTINGS = ("balanced", "confidence", "uniform")
 SETTING = {
-    "loss": "budget",
     "principal": "rank",
     "expected": "rank",
     "budget": "budget",
@@ -26,24 +25,21 @@ class Method:
     """How the weights of one layer are found.
 
     Attributes:
-        name (str): ``loss``: the least norm within a relative change of the outputs, each weighted by how much the loss
-            depends on it, in all layers together. ``principal``: keep the leading eigenvectors of the rows' second
-            moment. ``expected``: what randomly drawn rows keep on average. ``budget``: the least norm within a relative
-            change of the outputs. ``full``: only null directions go. ``rows``: the span of randomly drawn rows, as
-            published.
+        name (str): ``expected``: what randomly drawn rows keep on average. ``principal``: the leading eigenvectors of
+            the rows' second moment. ``budget``: the least norm within a relative change of the outputs. ``full``: only
+            null directions go. ``rows``: the span of randomly drawn rows, as published.
         rank (int | float | None): Rank kept (``principal``), rows expected (``expected``) or drawn (``rows``): an int,
             or a float up to 1.0 as a fraction of the layer's input size d. None: the least that the guard accepts.
-        budget (float | None): ``loss`` and ``budget``: relative change of the outputs that is allowed, in [0, 1). None:
+        budget (float | None): ``budget``: relative change of the outputs that is allowed, in [0, 1). None:
             the largest that the guard accepts.
         solver (str): ``rows``: ``svd``, or ``gauss``, the elimination of the paper's Algorithm 1.
-        weighting (str): Whose outputs matter: ``balanced``, ``confidence`` or ``uniform``, see ``row_groups``. Not of
-            ``loss``, which has its own.
+        weighting (str): Whose outputs matter: ``balanced``, ``confidence`` or ``uniform``, see ``row_groups``.
 
     Raises:
         ValueError: If a value is wrong; names it and its range.
     """
 
-    name: str = "loss"
+    name: str = "expected"
     rank: int | float | None = None
     budget: float | None = None
     solver: str = "svd"

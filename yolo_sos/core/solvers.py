@@ -42,8 +42,8 @@ class ShiftResult:
             G. 0 where there is no output to change.
         status (str): ``ok``; ``non-finite``: NaN or Inf in the input, or an overflow; ``rank-zero``: the rows span
             nothing.
-        transform (Tensor | None): ``(d, d)`` float64, on the solver's device, with ``V* = V transform``, or
-            ``(out, d, d)``, one for each row of V; None unless status is ok.
+        transform (Tensor | None): ``(d, d)`` float64, on the solver's device, with ``V* = V transform``; None unless
+            status is ok.
     """
 
     weight: Tensor
@@ -59,18 +59,13 @@ class ShiftResult:
         if self.transform is None or step == 0.0:
             return tensor
         x = as_float64(tensor.flatten(1)).to(self.transform.device)
-        moved = x + step * (_times(x, self.transform) - x)
+        moved = x + step * (x @ self.transform - x)
         return _like(moved, tensor).view_as(tensor)
 
 
 def _like(x: Tensor, tensor: Tensor) -> Tensor:
     """Return a float64 tensor in another's dtype and on its device; MPS gets no float64 on the way."""
     return x.to("cpu" if tensor.device.type == "mps" else tensor.device, tensor.dtype).to(tensor.device)
-
-
-def _times(x: Tensor, transform: Tensor) -> Tensor:
-    """Return ``x P`` for ``(out, d)`` and ``(d, d)`` or ``(out, d, d)``."""
-    return x @ transform if transform.ndim == 2 else torch.einsum("kd,kde->ke", x, transform)
 
 
 def unchanged(weight: Tensor, status: str) -> ShiftResult:
@@ -81,7 +76,7 @@ def unchanged(weight: Tensor, status: str) -> ShiftResult:
 
 def _solved(weight: Tensor, transform: Tensor, rank: float, deviation: float) -> ShiftResult:
     v = as_float64(weight).to(transform.device)
-    shifted = _times(v, transform)
+    shifted = v @ transform
     norm_before, norm_after = float(v.norm()), float(shifted.norm())
     new = _like(shifted, weight)
     # The new weight too: an entry of V* can be larger than any of V, more than float16 holds.
@@ -259,98 +254,16 @@ def budgeted_shift(moments: Moments, weight: Tensor, *, budget: float) -> ShiftR
     return _spectral_shift(moments, weight, budgeted)
 
 
-class SlopeSpectrum:
-    """Eigenvalues of the second moments of a layer's rows, one for each output, weighted by the slopes of the loss.
-
-    Args:
-        rows (RowSample): Sample of rows ``(n, d + out)``: the layer's input a, then the squared slopes h of the loss in
-            its outputs.
-        weight (Tensor): V ``(out, d)``.
-
-    Attributes:
-        eigenvalues (Tensor): ``(out, d)`` float64, of ``G_k = Σᵢ h_ik aᵢᵀaᵢ``; 0 where they are rounding alone.
-        vectors (Tensor): ``(out, d, d)``, eigenvectors in columns.
-        outputs (Tensor): ``(out, d)``, their parts in ``v_k G_k v_kᵀ``.
-        is_finite (bool): Whether rows and weight are finite; nothing else is computed otherwise.
-    """
-
-    def __init__(self, rows: RowSample, weight: Tensor):
-        """Estimate the moments from the sample and decompose them."""
-        d = weight.shape[1]
-        sample, count = rows.weighted
-        a, h = as_float64(sample).split([d, rows.d - d], dim=1)
-        self.is_finite = bool(sample.isfinite().all() and weight.isfinite().all())
-        if not self.is_finite:
-            return
-        h = h * as_float64(count)[:, None]
-        moments = torch.stack([(a * column[:, None]).T @ a for column in h.T])
-        eigenvalues, self.vectors = torch.linalg.eigh(moments)
-        smallest = d * EPS * eigenvalues.amax(1, keepdim=True)
-        self.eigenvalues = eigenvalues.where(eigenvalues > smallest, 0.0)
-        projected = torch.einsum("kd,kde->ke", as_float64(weight).to(a.device), self.vectors)
-        self.outputs = self.eigenvalues * projected.square()
-
-
-def loss_shifts(
-    spectra: dict[str, SlopeSpectrum], weights: dict[str, Tensor], *, budget: float
-) -> dict[str, ShiftResult]:
-    """Take the least norm of all layers together within a budget of outputs, as far as the loss depends on them.
-
-    To second order a change ΔV raises the loss as ``Σ_k Δv_k G_k Δv_kᵀ``, with a second moment of its own for each
-    output k, ``G_k = Σᵢ h_ik aᵢᵀaᵢ``, where h are squared slopes of the loss (the empirical Fisher matrix). The least
-    ``Σ‖V*‖²`` for a given rise is f = λ/(λ+μ) on the eigenvectors of each G_k, with one μ for all outputs of all
-    layers; directions that the loss does not depend on vanish.
-
-    Args:
-        spectra (dict[str, SlopeSpectrum]): Layer name → its spectrum.
-        weights (dict[str, Tensor]): Layer name → V ``(out, d)``, any float dtype and device.
-        budget (float): ε in [0, 1): ``Σ Δv G Δvᵀ = ε² Σ v G vᵀ`` over all layers. 0 only drops null directions.
-
-    Returns:
-        (dict[str, ShiftResult]): Layer name → result. ``rank`` is the mean of Σf over the outputs, ``deviation`` the
-            layer's own ``(Σ Δv G Δvᵀ / Σ v G vᵀ)^½``.
-
-    Raises:
-        ValueError: If ``budget`` is outside [0, 1).
-    """
-    checks.budget("budget", budget)
-    if not all(spectrum.is_finite for spectrum in spectra.values()):
-        return {
-            name: unchanged(weight, OK if spectra[name].is_finite else NON_FINITE) for name, weight in weights.items()
-        }
-    eigenvalues = torch.cat([spectrum.eigenvalues.flatten() for spectrum in spectra.values()]).cpu()
-    outputs = torch.cat([spectrum.outputs.flatten() for spectrum in spectra.values()]).cpu()
-    alive, total = eigenvalues > 0, float(outputs.sum())
-    if not total > 0:
-        return {name: unchanged(weight, RANK_ZERO) for name, weight in weights.items()}
-    log_mu = -math.inf
-    if budget:
-        log_mu = _bisect(eigenvalues[alive], lambda f: float((outputs[alive] * (1 - f) ** 2).sum()) > budget**2 * total)
-    results = {}
-    for name, spectrum in spectra.items():
-        f = torch.where(spectrum.eigenvalues > 0, _soft(spectrum.eigenvalues, log_mu), 0.0)
-        change = (spectrum.outputs * (1 - f) ** 2).sum().sqrt()
-        transform = (spectrum.vectors * f[:, None]) @ spectrum.vectors.mT
-        deviation = _ratio(change, spectrum.outputs.sum().sqrt())
-        results[name] = _solved(weights[name], transform, float(f.sum(1).mean()), deviation)
-    return results
-
-
 def _ridge(eigenvalues: Tensor, too_much: Callable[[Tensor], bool]) -> Tensor:
-    """Return f = λ/(λ+μ) at the μ where ``too_much``, monotone in μ, turns true."""
-    return _soft(eigenvalues, _bisect(eigenvalues, too_much))
-
-
-def _bisect(eigenvalues: Tensor, too_much: Callable[[Tensor], bool]) -> float:
-    """Return the log μ where ``too_much(λ/(λ+μ))`` turns true."""
-    low = math.log(float(eigenvalues.min())) - 45.0  # f = 1 to the last bit there, for every λ
-    high = math.log(float(eigenvalues.max())) + 45.0  # and f < 1e-19 there
+    """Return f = λ/(λ+μ) at the μ where ``too_much``, monotone in μ, turns true: bisection on log μ."""
+    low = math.log(float(eigenvalues[-1])) - 45.0  # f = 1 to the last bit there, for every λ
+    high = math.log(float(eigenvalues[0])) + 45.0  # and f < 1e-19 there
     for _ in range(200):  # ends when the interval cannot be halved in float64
         middle = (low + high) / 2
         if middle in (low, high):
             break
         low, high = (low, middle) if too_much(_soft(eigenvalues, middle)) else (middle, high)
-    return low
+    return _soft(eigenvalues, low)
 
 
 def _soft(eigenvalues: Tensor, log_mu: float) -> Tensor:

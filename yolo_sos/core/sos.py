@@ -52,15 +52,17 @@ class SOS:
         layers (str | nn.Module | Sequence, optional): The final layers: modules, names or globs such as ``"head.*"``,
             see ``select_layers``. None: the layer that runs last, see ``last_layer``; the report names it.
         method (str | Method): A ``Method``, or the name of one.
-        rank (int | float, optional): Rank kept, in place of the method's own, see ``Method``.
+        rank (int | float, optional): Rank kept, in place of the method's own, see ``Method``. None: the least that the
+            guard accepts, found on the held-out batches; a rank of half of d where there are none.
         budget (float, optional): Likewise.
         solver (str, optional): Likewise.
         weighting (str, optional): Likewise.
         start (float): Fraction of the epochs before the first shift, in [0, 1]; 1: once, after the last epoch.
         interval (int): Epochs from one shift to the next.
         step (float): Largest step size t of ``V + t(V* − V)``, above 0 and up to 1.
-        guard (float | None): Largest relative rise of the held-out loss. Where the largest step rises more, ½ and ¼ of
-            it are tried, then the shift is refused. None: no guard; held-out losses are reported all the same.
+        guard (float | None): Largest relative rise of the held-out loss. Where a given rank or budget rises more, ½
+            and ¼ of its step are tried, then the shift is refused. None: no guard; held-out losses are reported all the
+            same.
         optimizer (torch.optim.Optimizer, optional): Its momentum takes the same linear map as the weights, which it
             would otherwise move back.
         criterion (Callable): ``criterion(output, targets) -> scalar``, the mean over the batch.
@@ -75,7 +77,7 @@ class SOS:
         TypeError: If a layer is not linear.
 
     Examples:
-        >>> sos = SOS(model, method="principal", rank=0.5, start=0.5, interval=5, optimizer=optimizer)
+        >>> sos = SOS(model, start=0.5, interval=5, optimizer=optimizer)
         >>> for epoch in range(epochs):
         ...     train_one_epoch(model)
         ...     report = sos.step(epoch, epochs, fit_batches, heldout_batches)  # None where no shift is due
@@ -86,7 +88,7 @@ class SOS:
         model: nn.Module,
         layers: Layers | None = None,
         *,
-        method: str | Method = "principal",
+        method: str | Method = "expected",
         rank: int | float | None = None,
         budget: float | None = None,
         solver: str | None = None,
@@ -94,7 +96,7 @@ class SOS:
         start: float = 0.5,
         interval: int = 5,
         step: float = 1.0,
-        guard: float | None = 0.01,
+        guard: float | None = 0.005,
         optimizer: torch.optim.Optimizer | None = None,
         criterion: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy,
         forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -170,7 +172,6 @@ class SOS:
         held = engine.hold_out(self._on_device(heldout))
         guard = self.guard if held.images else None
         shift = engine.find(self.method, seed, held, guard)
-        engine.release()
         step, before, after = engine.accept(shift, held, guard, self.largest)
         engine.write(shift, step, {layer.name: self.momentum(layer) for layer in shift.layers})
         self.shifts += 1
@@ -203,7 +204,7 @@ def shift_model(model: nn.Module, batches: Iterable[Any], heldout: Iterable[Any]
         model (nn.Module): The model, on one device.
         batches (Iterable): Batches of training data to fit on, read once: ``(inputs, targets)`` or mappings.
         heldout (Iterable): Other batches, which guard the shift: it is shortened or refused where it raises their loss
-            by more than ``guard``, 0.01 by default. Empty: no guard, and the report says so.
+            by more than ``guard``, 0.005 by default. Empty: no guard, and the report says so.
         **settings (Any): As of ``SOS``: ``layers``, ``method``, ``rank``, ``criterion``, ``forward``, ``guard``, …
 
     Returns:
