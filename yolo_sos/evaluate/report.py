@@ -118,6 +118,12 @@ def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
         "Ultralytics interpolates linearly between the points of the curve before it averages at 101 recalls, and "
         "leaves difficult objects out of its labels, so that a detection on one is false.",
     ]
+    lines += truth.remarks
+    if repeated := np.count_nonzero(truth.repeated() & ~truth.difficult):
+        lines.append(
+            f"{repeated} objects repeat the class and box of another one: VOC and COCO count them, the columns "
+            "of Ultralytics do not, as its labels hold each object once."
+        )
     if not truth.difficult_known:
         lines.append(
             "Difficult flags are unknown: YOLO labels do not hold them, so every object counts as one to be found."
