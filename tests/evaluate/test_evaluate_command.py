@@ -259,7 +259,7 @@ def test_images_that_ultralytics_drops_are_not_left_out_in_silence(copied, spoil
     spoil(copied / "images/test/000001.png")
     (copied / "labels/test.cache").unlink()
     with pytest.raises(
-        ValueError, match=rf"data\.yaml: Ultralytics would leave 1 of 4 images of split 'test' out .*{message}"
+        ValueError, match=rf"data\.yaml, split 'test': Ultralytics would leave 1 of 4 images out .*{message}"
     ):
         read_data_set(str(path), "test")
 

@@ -142,7 +142,7 @@ def test_what_stops_a_judgement_can_be_found_before_the_training(weights, digits
     content = image.read_bytes()
     image.unlink()  # it may be a link
     image.write_bytes(content[: len(content) // 2])
-    message = rf"data\.yaml: Ultralytics would leave 1 of 8 images of split 'val' out .*{image.name}: not a readable"
+    message = rf"data\.yaml, split 'val': Ultralytics would leave 1 of 8 images out .*{image.name}: not a readable"
     for look in (
         lambda: check_judgement(str(data), "val", task="detect"),
         lambda: judge(weights, str(data), "val", **SETTINGS, task="detect"),

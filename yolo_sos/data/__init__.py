@@ -7,6 +7,7 @@ from typing import Any
 _HOME = {  # a public name to its module: reading annotations needs neither OpenCV nor Ultralytics
     **dict.fromkeys(("VOCAnnotation", "VOCObject", "read_annotation", "read_image_set", "write_annotation"), "voc"),
     **dict.fromkeys(("ConversionReport", "convert_voc"), "convert"),
+    **dict.fromkeys(("check_complete", "image_size"), "images"),
     "build_image_folder": "image_folder",
 }
 __all__ = sorted(_HOME)

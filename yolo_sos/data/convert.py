@@ -21,10 +21,10 @@ from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
 
-from PIL import Image
-from ultralytics.data.utils import IMG_FORMATS, exif_size
+from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.utils import LOGGER, TQDM, YAML
 
+from yolo_sos.data.images import image_size
 from yolo_sos.data.voc import Box, Selection, VOCAnnotation, read_annotation, read_image_set
 from yolo_sos.files import link, new_folder, write_text
 
@@ -125,20 +125,7 @@ def write_yolo(
     names: Sequence[str] | Mapping[int, str] | None = None,
     copy: bool = False,
 ) -> ConversionReport:
-    """Do what `convert_voc` does in a folder that exists, for builders of data sets that have more to write there.
-
-    Args:
-        folder (Path): The folder to fill.
-        roots (str | Path | Sequence[str | Path]): As for `convert_voc`, as are the rest and the exceptions.
-        splits (Mapping[str, str | Sequence[str]]): See there.
-        val_share (float | None): See there.
-        seed (int): See there.
-        names (Sequence[str] | Mapping[int, str] | None): See there.
-        copy (bool): See there.
-
-    Returns:
-        (ConversionReport): What was found.
-    """
+    """Do what `convert_voc` does in a folder that exists, for builders of data sets that have more to write there."""
     if val_share is not None and not ("val" not in splits and 0 < val_share < 1):
         raise ValueError(f"val_share={val_share}: 'val' is a share of 'train', above 0 and below 1, or one of splits")
     if not {"train", "val"} <= {*splits, *(["val"] if val_share else [])} <= {"train", "val", "test"}:
@@ -168,36 +155,6 @@ def yolo_box(box: Box, width: int, height: int) -> Box:
     """Return x1, y1, x2, y2 in pixels from 0 as centre x, centre y, width and height in shares of the image's size."""
     left, top, right, bottom = box
     return (left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height
-
-
-def image_size(path: Path, *, whole: bool = False) -> tuple[int, int]:
-    """Return width and height of an image as Ultralytics loads it, turned as its EXIF data say.
-
-    Args:
-        path (Path): The image.
-        whole (bool): Decode the whole image, which finds one that is cut short.
-
-    Returns:
-        (tuple[int, int]): Width and height in pixels.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read; names the file.
-    """
-    try:
-        if not path.stat().st_size:
-            raise ValueError("the file is empty")
-        with Image.open(path) as image:
-            if whole:
-                image.load()
-            return exif_size(image)
-    except FileNotFoundError:
-        raise
-    except (
-        Exception
-    ) as e:  # Pillow's readers raise errors of any kind; of an unknown format, Ultralytics an ImportError
-        reason = "it has no format that Pillow knows" if isinstance(e, ImportError) else e
-        raise ValueError(f"{path}: not a readable image: {reason}") from e
 
 
 def _read_split(trees: Sequence[Path], split: str, sets: Sequence[str]) -> list[_Sample]:

@@ -19,7 +19,7 @@ from yolo_sos.evaluate.coco_files import (
     write_coco_truth,
 )
 from yolo_sos.evaluate.plot import plot_curves
-from yolo_sos.evaluate.report import Run, report_json, table
+from yolo_sos.evaluate.report import Scores, report_json, table
 from yolo_sos.evaluate.voc import Curve, VOCResult, mean_ap, voc_ap
 from yolo_sos.evaluate.voc_files import read_voc_detections, voc_truth, write_voc_detections
 
@@ -28,7 +28,7 @@ __all__ = [
     "Curve",
     "Detections",
     "GroundTruth",
-    "Run",
+    "Scores",
     "VOCResult",
     "coco_ap",
     "mean_ap",

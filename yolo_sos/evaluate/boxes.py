@@ -37,7 +37,7 @@ class GroundTruth:
         image (np.ndarray): Index into `images` of each object's image, int64, shape (G,).
         label (np.ndarray): Index into `classes` of each object's class, int64, shape (G,).
         boxes (np.ndarray): Boxes, float64, shape (G, 4).
-        difficult (np.ndarray): Objects that are neither to be found nor to be missed, bool, shape (G,).
+        difficult (np.ndarray): Objects that evaluation neither rewards nor punishes, bool, shape (G,).
         area (np.ndarray): Areas by which COCO sorts objects into small, medium and large, float64, shape (G,).
         category_ids (tuple[int | str, ...]): COCO's ids of the classes.
         stems (tuple[str, ...]): Names of the image files without folder and suffix.

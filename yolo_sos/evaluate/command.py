@@ -45,7 +45,7 @@ from yolo_sos.evaluate.coco_files import (
     write_coco_truth,
 )
 from yolo_sos.evaluate.plot import plot_curves
-from yolo_sos.evaluate.report import Run, notes, report_json, table
+from yolo_sos.evaluate.report import Scores, notes, report_json, table
 from yolo_sos.evaluate.voc import VOCResult, voc_ap
 from yolo_sos.evaluate.voc_files import check_class_files, read_voc_detections, write_voc_detections
 from yolo_sos.files import write_text
@@ -204,7 +204,7 @@ def evaluate(args: argparse.Namespace, command: str) -> dict[str, Any]:
         for path in sources:
             load_detector(path, truth)  # for its checks: better now than after the others have run
 
-    runs: list[Run] = []
+    runs: list[Scores] = []
     results: list[VOCResult] = []
     for i, path in enumerate(sources, start=1):
         found, details = _run_model(path, truth, args) if args.weights else (_read(path, truth, args.split), {})
@@ -215,14 +215,14 @@ def evaluate(args: argparse.Namespace, command: str) -> dict[str, Any]:
         if args.save_voc:
             write_voc_detections(args.save_voc / part, truth, found, args.split)
         result = voc_ap(truth, found, args.iou)
-        runs.append(_judge(str(path), truth, found, result, args.coco_backend, details))
+        runs.append(_score(str(path), truth, found, result, args.coco_backend, details))
         results.append(result)
     return _show(truth, runs, results, args, command)
 
 
-def _judge(
+def _score(
     name: str, truth: GroundTruth, found: Detections, voc: VOCResult, backend: str, details: dict[str, Any]
-) -> Run:
+) -> Scores:
     """Evaluate one set of detections by every metric."""
     from yolo_sos.evaluate.detections import ultralytics_ap
 
@@ -236,11 +236,11 @@ def _judge(
         "Ultralytics AP50": ap50,
         "Ultralytics AP": ap,
     }
-    return Run(name, columns, {"detections": len(found), "coco": coco.stats, **details})
+    return Scores(name, columns, {"detections": len(found), "coco": coco.stats, **details})
 
 
 def _show(
-    truth: GroundTruth, runs: Sequence[Run], results: Sequence[VOCResult], args: argparse.Namespace, command: str
+    truth: GroundTruth, runs: Sequence[Scores], results: Sequence[VOCResult], args: argparse.Namespace, command: str
 ) -> dict[str, Any]:
     """Write the numbers, print the table, and draw the picture, in this order: what is decorative may fail."""
     text = table(truth, runs)
@@ -261,7 +261,7 @@ def _show(
     return report
 
 
-def _model_notes(runs: Sequence[Run], clip: bool) -> list[str]:
+def _model_notes(runs: Sequence[Scores], clip: bool) -> list[str]:
     """Say how boxes at the border were taken, and what val printed of itself."""
     if clip:
         lines = ["Boxes are cut off at the image's border (--clip), as predict does; val judges them uncut."]

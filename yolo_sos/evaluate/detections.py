@@ -22,7 +22,7 @@ from ultralytics.utils import YAML, ops
 from ultralytics.utils.checks import check_file
 from ultralytics.utils.metrics import ap_per_class, box_iou
 
-from yolo_sos.data.convert import image_size
+from yolo_sos.data.images import check_complete
 from yolo_sos.data.voc import read_annotation
 from yolo_sos.evaluate.boxes import Detections, GroundTruth, first_duplicate, snap
 from yolo_sos.evaluate.voc_files import voc_truth
@@ -112,11 +112,7 @@ def read_data_set(path: str, split: str, task: str = "detect") -> DataSet:
     except BAD_DATA as e:
         raise ValueError(f"{path}: {type(e).__name__}: {e}") from e
     files = [Path(d["im_file"]) for d in data_set.labels]
-    if dropped := sorted({*map(Path, data_set.listed)} - {*files}):
-        raise ValueError(
-            f"{path}: Ultralytics would leave {len(dropped)} of {len(data_set.listed)} images of split '{split}' out "
-            f"of the judgement; repair or remove them, such as {refusal(dropped[0])}"
-        )
+    check_complete(data_set.listed, files, f"{path}, split '{split}'")
     if (twice := first_duplicate(f.stem for f in files)) is not None:
         raise ValueError(
             f"{path}: two images of split '{split}' are called '{twice}'; an id must say which one is meant"
@@ -133,17 +129,6 @@ def read_data_set(path: str, split: str, task: str = "detect") -> DataSet:
             f"{alone[0]}; their objects would vanish from the judgement: add the images, or remove the annotations"
         )
     return DataSet(source, data_set.labels, xml)
-
-
-def refusal(image: Path) -> str:
-    """Say why Ultralytics leaves out an image: it cannot be read, it is too small, or something else is wrong."""
-    try:
-        width, height = image_size(image, whole=True)
-    except ValueError as e:
-        return str(e)
-    if min(width, height) < 10:
-        return f"{image}: of {width} x {height} pixels, where Ultralytics takes 10 x 10 or more"
-    return f"{image}: its format or its labels are not valid"
 
 
 def class_names(path: str) -> tuple[list[str], list[str]]:

@@ -16,8 +16,9 @@ from ultralytics.data import ClassificationDataset
 from ultralytics.data.utils import check_cls_dataset
 from ultralytics.utils import LOGGER
 
+from yolo_sos.data.images import check_complete
 from yolo_sos.evaluate import GroundTruth, mean_ap, voc_ap
-from yolo_sos.evaluate.detections import as_trained, detect, read_data_set, refusal
+from yolo_sos.evaluate.detections import as_trained, detect, read_data_set
 
 # Ultralytics' settings of a training that decide what its validation measures
 SETTINGS = (
@@ -134,9 +135,4 @@ def _check_images(data: str, split: str) -> None:
     images = ClassificationDataset(root, get_cfg(overrides={"task": "classify"}), prefix=split)
     if unknown := {*images.base.classes} - {path.name for path in Path(found["train"]).iterdir()}:
         raise ValueError(f"{root}: class '{min(unknown)}' is none of the training's, so its images would be left out")
-    given, read = {Path(file) for file, _ in images.base.samples}, {Path(sample[0]) for sample in images.samples}
-    if dropped := sorted(given - read):
-        raise ValueError(
-            f"{root}: Ultralytics would leave {len(dropped)} of {len(given)} images out of the judgement; repair or "
-            f"remove them, such as {refusal(dropped[0])}"
-        )
+    check_complete([file for file, _ in images.base.samples], [sample[0] for sample in images.samples], root)
