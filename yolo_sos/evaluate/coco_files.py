@@ -116,14 +116,7 @@ def read_coco_detections(path: str | Path, truth: GroundTruth) -> Detections:
 
 def write_coco_truth(path: str | Path, truth: GroundTruth) -> None:
     """Write a ground truth as COCO annotations, under the ids that `write_coco_detections` uses."""
-    dataset, ids = coco_dataset(truth), _written_ids(truth)
-    for image, identity in zip(dataset["images"], ids, strict=True):
-        image["id"] = identity
-    for category, number in zip(dataset["categories"], truth.category_ids, strict=True):
-        category["id"] = number
-    for o, image, label in zip(dataset["annotations"], truth.image, truth.label, strict=True):
-        o["image_id"], o["category_id"] = ids[image], truth.category_ids[label]
-    write_text(path, json.dumps(dataset))
+    write_text(path, json.dumps(coco_dataset(truth, _written_ids(truth), truth.category_ids)))
 
 
 def write_coco_detections(path: str | Path, truth: GroundTruth, detections: Detections) -> None:

@@ -103,7 +103,8 @@ def read_voc_detections(folder: str | Path, truth: GroundTruth, image_set: str =
             except ValueError:
                 raise ValueError(f"{path}, line {line}: '{text}' is not 'id score xmin ymin xmax ymax'") from None
             if (name := fields[0].strip()) not in images:
-                raise ValueError(f"{path}, line {line}: {unknown_image(name, truth)}")
+                some = f"which have {len(images)} images, such as '{truth.images[0]}'"
+                raise ValueError(f"{path}, line {line}: image '{name}' is not in the annotations, {some}")
             image.append(images[name])
             label.append(k)
             places.append((path, line))
@@ -145,12 +146,6 @@ def check_class_files(classes: Sequence[str]) -> None:
     """Raise a ``ValueError`` if a class cannot be part of a file's name, as the devkit's format asks for."""
     if bad := [name for name in classes if re.search(r"[/\\\0-\x1f]", name)]:
         raise ValueError(f"class '{bad[0]}' cannot be part of a file's name, which the devkit's format asks for")
-
-
-def unknown_image(name: object, truth: GroundTruth) -> str:
-    """Say that a detection's image is not in the annotations, and what images they have."""
-    example = f", such as '{truth.images[0]}'" if truth.images else ""
-    return f"image '{name}' is not in the annotations, which have {len(truth.images)} images{example}"
 
 
 def _class_files(folder: Path, truth: GroundTruth, image_set: str) -> list[Path]:

@@ -59,7 +59,8 @@ def check_judgement(data: str, split: str, *, task: str, **settings: Any) -> Gro
         FileNotFoundError: If the data set, the split, an image or an annotation is missing.
         ValueError: If an annotation is wrong, or Ultralytics would leave images out of the judgement; names the file.
     """
-    _known(settings)
+    if unknown := [key for key in settings if key not in SETTINGS]:
+        raise ValueError(f"'{unknown[0]}={settings[unknown[0]]}': a judgement takes {', '.join(SETTINGS)}")
     with quiet():
         if task == "classify":
             _check_images(data, split)
@@ -119,12 +120,6 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         LOGGER.setLevel(level)
-
-
-def _known(settings: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` for a setting that is none of a validation's."""
-    if unknown := [key for key in settings if key not in SETTINGS]:
-        raise ValueError(f"'{unknown[0]}={settings[unknown[0]]}': a judgement takes {', '.join(SETTINGS)}")
 
 
 def _check_images(data: str, split: str) -> None:
