@@ -128,6 +128,7 @@ def test_a_training_that_validated_on_a_part_is_refused():
     with pytest.raises(ValueError, match=r"fraction=\[1.0, 0.5\]: a record judges whole splits"):
         judged_settings({"fraction": [1.0, 0.5]})
     assert judged_settings({"fraction": 0.5, "lr0": 1.0, "conf": None, "imgsz": 64}) == {"imgsz": 64}
+    assert judged_settings({"batch": -1, "imgsz": 64}) == judged_settings({"batch": 0.7, "imgsz": 64}) == {"imgsz": 64}
 
 
 @pytest.mark.parametrize("voc", [True, False])

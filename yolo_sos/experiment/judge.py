@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""What the record of an experiment keeps of a model on one split: Ultralytics' metrics, and the VOC devkit's."""
+"""Judge a model on one split for the record of a run, by Ultralytics' metrics and by the VOC devkit's."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def judged_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(config.get("fraction"), (list, tuple)):
         raise ValueError(f"fraction={config['fraction']}: a record judges whole splits; give one number, for training")
-    return {k: config[k] for k in SETTINGS if k in DEFAULT_CFG_DICT and config.get(k) is not None}
+    settings = {k: config[k] for k in SETTINGS if k in DEFAULT_CFG_DICT and config.get(k) is not None}
+    if settings.get("batch", 1) < 1:  # a training chooses its batch by the memory that it needs itself
+        del settings["batch"]
+    return settings
 
 
 def check_judgement(data: str, split: str, *, task: str, **settings: Any) -> GroundTruth | None:
