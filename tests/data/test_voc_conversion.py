@@ -134,9 +134,7 @@ def test_degenerate_boxes_are_reported_and_left_out(tree, tmp_path, warnings):
     assert report.noted == {"no area": tuple(places)}
     assert len(labels(tmp_path / "out/labels/train/slip.txt")) == 1
     assert report.splits["train"] == SplitCounts(2, 2, 0)
-    assert warnings == [
-        f"{source.root}: 2 boxes have no area within their image and are left out: {'; '.join(places)}."
-    ]
+    assert warnings == [f"{source.root}: Boxes without area within their image are left out (2): {'; '.join(places)}."]
 
 
 def test_repeated_objects_and_flags_in_words_are_told_once_per_set(tree, tmp_path, warnings):
@@ -149,7 +147,10 @@ def test_repeated_objects_and_flags_in_words_are_told_once_per_set(tree, tmp_pat
     assert report.splits["train"].boxes == 11  # the lines of both: Ultralytics drops one when it reads them
     assert [len(report.noted[kind]) for kind in ("words", "twice")] == [5, 5]
     assert len(warnings) == 2
-    assert "5 'difficult' flags are words; true and yes count as 1, false, no and Unspecified as 0: " in warnings[1]
+    assert (
+        "Flags 'difficult' are words, of which true and yes count as 1, false, no and Unspecified as 0 (5): "
+        in warnings[1]
+    )
     assert warnings[0].count(".xml") == 3 and warnings[0].endswith("; ...")
 
 
@@ -161,7 +162,7 @@ def test_the_image_says_how_large_it_is(tree, tmp_path, warnings):
     for image_id in "unstated", "wrong":
         np.testing.assert_allclose(labels(tmp_path / f"out/labels/train/{image_id}.txt"), [[0, 0.25, 0.125, 0.5, 0.25]])
     assert [p.name for p in report.resized] == ["wrong.xml"]
-    assert warnings == [f"1 annotations state another size than their image has, such as {report.resized[0]}"]
+    assert warnings == [f"Annotations state another size than their image has (1), such as {report.resized[0]}"]
 
 
 def test_several_trees_make_one_set(tree, tmp_path, warnings):
@@ -313,7 +314,7 @@ def test_bccd_as_ultralytics_downloads_it(tmp_path, monkeypatch, warnings):
         n_boxes += sum(len(labels(Path(p))) for p in utils.img2label_paths([str(image) for image in images]))
         assert list(annotation_paths(data, split)) == [p.stem for p in images]
     assert n_boxes == 4888 - 2
-    (degenerate,) = [w for w in warnings if "2 boxes have no area" in w]
+    (degenerate,) = [w for w in warnings if "are left out (2)" in w]
     for place in (
         r"00338\.xml, object \d+ \(RBC\) \(504\.0, 337\.0, 504",
         r"00343\.xml, object \d+ \(RBC\) \(181\.0, 329\.0, 181",

@@ -116,7 +116,7 @@ def test_flags_in_words_have_a_rule_and_are_told(tmp_path, flag, difficult, word
     assert annotation.words == ((f"object 1 (person): '{flag}'",) if word else ())
     selection = Selection()
     assert list(selection.of(annotation)) == [0, 1]
-    assert ["1 'difficult' flags are words" in note for note in selection.notes()] == [True] * word
+    assert ["Flags 'difficult' are words" in note for note in selection.notes()] == [True] * word
 
 
 def test_upper_and_lower_case_and_namespaces_lose_no_object(tmp_path):

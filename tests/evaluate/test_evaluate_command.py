@@ -266,7 +266,7 @@ def test_images_that_ultralytics_drops_are_not_left_out_in_silence(copied, spoil
 
 def test_annotations_without_an_image_are_not_left_out_in_silence(copied):
     (copied / "images/test/000001.png").rename(copied / "images/test/000001.gif")
-    with pytest.raises(ValueError, match=r"1 annotations of split 'test' have no image that .*test/000001\.xml; their"):
+    with pytest.raises(ValueError, match=r"split 'test': annotations have no image that .*test/000001\.xml; their"):
         read_data_set(str(copied / "data.yaml"), "test")
 
 
@@ -302,8 +302,8 @@ def test_converter_and_evaluator_see_the_same_objects(tmp_path):
     assert len(truth.boxes) == 9 and truth.repeated().sum() == 1
     report = command.run(detections=as_files(tmp_path / "found", objects), data=tmp_path / "set/data.yaml")
     notes = "\n".join(report["notes"])
-    assert "3 boxes have no area within their image and are left out: " in notes
-    assert "1 objects repeat the class and box of another one: VOC and COCO count them" in notes
+    assert "Boxes without area within their image are left out (3): " in notes
+    assert "Objects repeat the class and box of another one (1): VOC and COCO count them" in notes
     ap = report["runs"][0]["per_class"]["cat"]
     assert ap["Ultralytics AP50"] == pytest.approx(0.995, abs=1e-3) and ap["VOC10+"] == 0.8  # of 4, and of 5
 

@@ -84,7 +84,7 @@ def test_boxes_without_area_are_left_out_and_told():
     assert known.boxes.tolist() == [[0, 0, 10, 20]]
     (remark,) = known.remarks
     assert remark.startswith(
-        "4 boxes have no area within their image and are left out: Annotations/b.xml, object 1 (cat)"
+        "Boxes without area within their image are left out (4): Annotations/b.xml, object 1 (cat)"
     )
 
 

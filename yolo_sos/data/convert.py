@@ -146,7 +146,7 @@ def write_yolo(
     for note in writer.selection.notes():
         LOGGER.warning(f"{', '.join(map(str, trees))}: {note}")
     if resized := writer.resized:
-        LOGGER.warning(f"{len(resized)} annotations state another size than their image has, such as {resized[0]}")
+        LOGGER.warning(f"Annotations state another size than their image has ({len(resized)}), such as {resized[0]}")
     noted = {kind: tuple(places) for kind, places in writer.selection.noted.items() if places}
     return ConversionReport(classes, counts, noted, tuple(resized))
 

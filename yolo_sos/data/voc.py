@@ -27,9 +27,9 @@ Box = tuple[float, float, float, float]
 FLAGS = {"0": False, "false": False, "no": False, "unspecified": False, "1": True, "true": True, "yes": True}
 NO_AREA, TWICE, WORDS = "no area", "twice", "words"  # what a `Selection` notes
 NOTES = {
-    NO_AREA: "boxes have no area within their image and are left out",
-    TWICE: "objects repeat the class and box of another one, which Ultralytics counts once",
-    WORDS: "'difficult' flags are words; true and yes count as 1, false, no and Unspecified as 0",
+    NO_AREA: "Boxes without area within their image are left out",
+    TWICE: "Objects repeat the class and box of another one, which Ultralytics counts once",
+    WORDS: "Flags 'difficult' are words, of which true and yes count as 1, false, no and Unspecified as 0",
 }
 
 
@@ -115,7 +115,7 @@ class Selection:
         """Return one sentence for each of the kinds of oddity that was found, with the count and the first places."""
         found = {kind: places for kind in kinds or NOTES if (places := self.noted[kind])}
         return [
-            f"{len(places)} {NOTES[kind]}: {'; '.join(places[:3])}{'; ...' if len(places) > 3 else '.'}"
+            f"{NOTES[kind]} ({len(places)}): {'; '.join(places[:3])}{'; ...' if len(places) > 3 else '.'}"
             for kind, places in found.items()
         ]
 

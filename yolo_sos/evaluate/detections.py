@@ -125,7 +125,7 @@ def read_data_set(path: str, split: str, task: str = "detect") -> DataSet:
     found = {x for p in parts if p.is_dir() for x in _xml_of(p / "any.jpg", folder, path).parent.rglob("*.xml")}
     if alone := sorted(found - {*xml}):
         raise ValueError(
-            f"{path}: {len(alone)} annotations of split '{split}' have no image that Ultralytics reads, such as "
+            f"{path}, split '{split}': annotations have no image that Ultralytics reads ({len(alone)}), such as "
             f"{alone[0]}; their objects would vanish from the judgement: add the images, or remove the annotations"
         )
     return DataSet(source, data_set.labels, xml)

@@ -121,7 +121,7 @@ def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
     lines += truth.remarks
     if repeated := np.count_nonzero(truth.repeated() & ~truth.difficult):
         lines.append(
-            f"{repeated} objects repeat the class and box of another one: VOC and COCO count them, the columns "
+            f"Objects repeat the class and box of another one ({repeated}): VOC and COCO count them, the columns "
             "of Ultralytics do not, as its labels hold each object once."
         )
     if not truth.difficult_known:
