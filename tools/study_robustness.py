@@ -55,7 +55,7 @@ from yolo_sos.config import resolve_data
 from yolo_sos.core import InputCapture
 from yolo_sos.core.layers import write_weight
 from yolo_sos.evaluate import Detections, GroundTruth, voc_ap
-from yolo_sos.experiment.detections import detect, read_data_set
+from yolo_sos.evaluate.detections import detect, read_data_set
 from yolo_sos.experiment.judge import quiet
 from yolo_sos.experiment.record import git_commit, versions
 from yolo_sos.experiment.statistics import least_p
