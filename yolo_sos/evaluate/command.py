@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yolo_sos
-from yolo_sos.config import resolve_data
+from yolo_sos.builtin import resolve_data
 from yolo_sos.data.voc import read_image_set
 from yolo_sos.evaluate.boxes import Detections, GroundTruth
 from yolo_sos.evaluate.coco import BACKENDS, coco_ap, load_backend
