@@ -22,6 +22,8 @@ from yolo_sos.data.voc import VOCObject, clipped_box, read_annotation
 ROOT = Path(__file__).parents[2]
 BCCD = ROOT.parent / "shared" / "data" / "BCCD"
 needs_bccd = pytest.mark.skipif(not BCCD.is_dir(), reason=f"needs the BCCD data set in {BCCD}")
+VOC07 = ROOT.parent / "shared" / "data" / "VOC07-320"
+needs_voc07 = pytest.mark.skipif(not VOC07.is_dir(), reason=f"needs Pascal VOC 2007 in {VOC07}")
 
 
 @pytest.fixture
@@ -340,7 +342,11 @@ def voc_devkit(folder, tree):
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["VOC_ROOT", "downloaded"])
-def test_voc_as_ultralytics_prepares_it(given, tree, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "years", "n_train", "n_val", "n_archives"),
+    [("VOC-devkit", ("2007", "2012"), 45, 5, 3), ("VOC07", ("2007",), 18, 2, 2)],
+)
+def test_voc_as_ultralytics_prepares_it(name, years, n_train, n_val, n_archives, given, tree, tmp_path, monkeypatch):
     datasets, asked = tmp_path / "datasets", []
 
     def download(urls, dir, **_):
@@ -353,18 +359,18 @@ def test_voc_as_ultralytics_prepares_it(given, tree, tmp_path, monkeypatch):
     if given:
         voc_devkit(tmp_path / "elsewhere", tree)
         monkeypatch.setenv("VOC_ROOT", str(tmp_path / "elsewhere"))
-    yaml = str(ROOT / "cfg/datasets/VOC-devkit.yaml")
+    yaml = str(ROOT / f"cfg/datasets/{name}.yaml")
     data = utils.check_det_dataset(yaml)
     stock = YAML.load(ULTRALYTICS / "cfg/datasets/VOC.yaml")
     assert data["names"] == stock["names"]
     assert [url for url in asked if url.rsplit("/", 1)[1] not in stock["download"]] == []
-    assert len(asked) == (0 if given else 3)
+    assert len(asked) == (0 if given else n_archives)
 
     root = tmp_path / "elsewhere" if given else datasets / "VOCdevkit"
     ids = {split: {p.stem for p in Path(data[split]).iterdir()} for split in ("train", "val", "test")}
-    lists = [(root / f"VOC{year}/ImageSets/Main/trainval.txt").read_text().split() for year in ("2007", "2012")]
-    assert ids["train"] | ids["val"] == {*lists[0], *lists[1]}
-    assert (len(ids["train"]), len(ids["val"])) == (45, 5)
+    lists = [(root / f"VOC{year}/ImageSets/Main/trainval.txt").read_text().split() for year in years]
+    assert ids["train"] | ids["val"] == set().union(*lists)
+    assert (len(ids["train"]), len(ids["val"])) == (n_train, n_val)
     assert ids["test"] == set((root / "VOC2007/ImageSets/Main/test.txt").read_text().split())
     for split in ids:
         images = sorted(Path(data[split]).iterdir())
@@ -373,9 +379,24 @@ def test_voc_as_ultralytics_prepares_it(given, tree, tmp_path, monkeypatch):
             (line,) = labels(Path(utils.img2label_paths([str(path)])[0]))  # what is difficult is no label
             assert data["names"][int(line[0])] == objects[0].name
             assert corners(line, 64, 48) == pytest.approx((11, 6, 30, 25), abs=1e-4)
-            aside = datasets / "VOC-devkit/difficult" / split / f"{path.stem}.txt"
+            aside = datasets / name / "difficult" / split / f"{path.stem}.txt"
             assert aside.exists() == (len(objects) == 2)
     held = ids["val"]
-    shutil.rmtree(datasets / "VOC-devkit")
+    shutil.rmtree(datasets / name)
     monkeypatch.setenv("VOC_ROOT", str(root))
     assert {p.stem for p in Path(utils.check_det_dataset(yaml)["val"]).iterdir()} == held
+
+
+@needs_voc07
+def test_voc07_has_the_counts_of_the_devkit(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "DATASETS_DIR", tmp_path)
+    monkeypatch.setenv("VOC_ROOT", str(VOC07))
+    data = utils.check_det_dataset(str(ROOT / "cfg/datasets/VOC07.yaml"))
+    ids = {split: {p.stem for p in Path(data[split]).iterdir()} for split in ("train", "val", "test")}
+    trainval = (VOC07 / "VOC2007/ImageSets/Main/trainval.txt").read_text().split()
+    assert ids["train"] | ids["val"] == set(trainval) and not ids["train"] & ids["val"]
+    assert {split: len(of_split) for split, of_split in ids.items()} == {"train": 4507, "val": 501, "test": 4952}
+    objects = [o for xml in annotation_paths(data, "test").values() for o in read_annotation(xml).objects]
+    assert (sum(not o.difficult for o in objects), sum(o.difficult for o in objects)) == (12032, 2944)
+    files = [Path(p) for p in utils.img2label_paths([str(p) for p in Path(data["test"]).iterdir()])]
+    assert sum(len(labels(path)) for path in files) == 12032

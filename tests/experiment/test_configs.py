@@ -21,6 +21,7 @@ DEFAULTS = {str(path.parent.relative_to(FOLDER)): path for path in FILES.values(
 EXPERIMENTS = {name: path for name, path in DEFAULTS.items() if read_cfg(path).get("model")}  # others are built on
 CIFAR = {f"cifar/{model}-cifar{n}": n for model in ("vgg16bn", "resnet18", "densenet121", "vit") for n in (10, 100)}
 VOC = {"voc/yolov5s": "yolov5s.pt", "voc/yolov5x": "yolov5x.pt"}
+VOC07 = {"voc07": 3, "voc07/long": 10}
 
 
 def arms_folder(default: Path) -> Path:
@@ -29,7 +30,7 @@ def arms_folder(default: Path) -> Path:
 
 
 def test_the_experiments_are_there():
-    assert {*CIFAR, *VOC} <= EXPERIMENTS.keys()
+    assert {*CIFAR, *VOC, *VOC07} <= EXPERIMENTS.keys()
     used = {path for default in EXPERIMENTS.values() for path in arms_folder(default).glob("*.yaml")}
     assert set(FILES.values()) == used | set(DEFAULTS.values())  # no arm that nothing runs
 
@@ -103,3 +104,25 @@ def test_voc_is_the_recipe_for_fine_tuning(name):
     assert arms["sos"].differences == ("sos",)
     ours = SOSConfig.from_dict({"sos": True}).to_dict()
     assert {k: arms["sos"].config[k] for k in ours} == ours
+
+
+@pytest.mark.parametrize("name", VOC07)
+def test_voc07_is_the_same_recipe_sized_for_a_cpu(name):
+    arms = read_arms(EXPERIMENTS[name].parent)
+    assert list(arms) == ["baseline", "rows-balanced", "rows-uniform", "sam", "sos", "sos-middle", "swa"]
+    recipe = read_cfg(FOLDER / "voc/default.yaml")
+    sized = {"data": "VOC07.yaml", "model": "yolov8n.pt", "imgsz": 320, "epochs": VOC07[name], "warmup_epochs": 0.5}
+    shared = {**recipe, **sized, "mosaic": 0, "mixup": 0, "val": False, "workers": 0}
+    for arm in arms.values():
+        assert {k: v for k, v in arm.config.items() if k in shared and k not in arm.differences} == {
+            k: v for k, v in shared.items() if k not in arm.differences
+        }
+    assert arms["sos"].differences == ("sos",)
+    assert arms["sos-middle"].differences == ("sos", "sos_interval", "sos_start")
+    uniform, balanced = (arms[f"rows-{weighting}"].config for weighting in ("uniform", "balanced"))
+    assert {key for key in uniform if uniform[key] != balanced[key]} == {"sos_weighting"}
+    assert (balanced["sos_weighting"], uniform["sos_weighting"]) == ("balanced", "uniform")
+    published = read_arms(EXPERIMENTS["voc/yolov5s"].parent)["rows"].config
+    assert all(uniform[key] == value for key, value in published.items() if key.startswith("sos"))
+    assert arms["sam"].differences == ("sharpness_aware",)
+    assert (arms["swa"].config["lrf"], arms["swa"].config["swa"]) == (1.0, 0.5)  # constant, as published
