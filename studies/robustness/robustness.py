@@ -4,7 +4,7 @@
 
 Every arm × seed of an experiment of detectors, with the settings of its record, in the place where it was trained:
 
-    python tools/study_robustness.py bccd --runs runs/experiments --split test --arms baseline,principal,rows,end
+    python studies/robustness/robustness.py bccd --runs runs/experiments --split test --arms baseline,principal,rows,end
 
 mAP50-95 by the host's own validation
 
@@ -21,7 +21,7 @@ And the expected calibration error of detections: confidence against precision a
 (Küppers et al., CVPR workshops 2020; confidence only), as they come and after temperature scaling of the class logits
 with one temperature that minimises the loss on val. NMS goes by the order of confidences, which it does not change.
 
-It writes robustness-<experiment>.md, .csv and .json to results/study: mean ± std over seeds, and the differences to the
+It writes robustness-<experiment>.md, .csv and .json to this folder: mean ± std over seeds, and the differences to the
 baseline of the same seed with 95 % interval and exact sign-flip p. All draws take --seed, the same for every model.
 """
 
@@ -434,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default=Settings.split, choices=("val", "test"), help="what to judge on")
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="where the trainings are")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where the records are")
-    parser.add_argument("--out", type=Path, help="where the files go; RESULTS/study if not given")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the files go")
     parser.add_argument("--draws", type=int, default=Settings.draws, help="draws of the weights' noise")
     parser.add_argument("--images", type=int, default=Settings.images, help="training images for the inputs' ranges")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="of noise, corruptions and choice of images")
@@ -447,7 +447,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     models = find_models(args.experiment, args.runs, args.results, args.arms.split(","))
     given = [f"--arms {','.join(models)} --split {args.split}"]
     given += [f"--{k} {v}" for k, v in asdict(settings).items() if k != "split" and v != getattr(Settings, k)]
-    command = f"python tools/study_robustness.py {args.experiment} {' '.join(given)}"
+    command = f"python studies/robustness/robustness.py {args.experiment} {' '.join(given)}"
 
     figures: Figures = {arm: {} for arm in models}
     begun = time.perf_counter()
@@ -462,8 +462,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f"{path}: mAP50-95 is {clean:.4f}, but {record.path} says {told:.4f}; is it that run's?"
                 )
             print(f"{arm}-{record.seed}: clean {clean:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
-    out = args.out or args.results / "study"
-    print(write(out, args.experiment, command, settings, figures, time.perf_counter() - begun))
+    print(write(args.out, args.experiment, command, settings, figures, time.perf_counter() - begun))
 
 
 if __name__ == "__main__":
