@@ -57,12 +57,12 @@ from yolo_sos.core.layers import write_weight
 from yolo_sos.evaluate import Detections, GroundTruth, voc_ap
 from yolo_sos.experiment.detections import detect, read_data_set
 from yolo_sos.experiment.judge import quiet
-from yolo_sos.experiment.record import git_commit, versions
 from yolo_sos.experiment.statistics import least_p
 from yolo_sos.experiment.table import BASELINE, Record, ResultTable, Row
 from yolo_sos.files import finite, write_text
 from yolo_sos.heads import final_layers
 from yolo_sos.markdown import markdown_table
+from yolo_sos.versions import git_commit, versions
 
 METRIC = "metrics/mAP50-95(B)"
 BITS = (8, 6, 4)

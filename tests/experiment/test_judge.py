@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""What a record keeps of a model on one split, against the host's own val and the evaluation tool."""
+"""What a record holds of a model on one split, against Ultralytics' own val and the evaluation tool."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from yolo_sos.experiment.judge import judge
 
 TOOL = Path(__file__).parents[2] / "tools" / "eval_voc.py"
 SETTINGS = {"imgsz": 64, "batch": 8, "device": "cpu"}
-HOST = {"metrics/precision(B)", "metrics/recall(B)", "metrics/mAP50(B)", "metrics/mAP50-95(B)", "fitness"}
+CONFIG = {"task": "detect", "imgsz": 64, "batch": 8, "classes": None, "single_cls": False, "max_det": 300}
+ULTRALYTICS = {"metrics/precision(B)", "metrics/recall(B)", "metrics/mAP50(B)", "metrics/mAP50-95(B)", "fitness"}
 DEVKIT = {"devkit/AP50-07", "devkit/AP50-10"}
 
 
@@ -33,20 +34,20 @@ def tool_report(weights, data, split, folder) -> dict:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_detection_is_judged_as_by_the_host_and_by_the_devkit(split, weights, digits, tmp_path, monkeypatch, capfd):
+def test_detection_is_judged_as_by_ultralytics_and_by_the_devkit(split, weights, digits, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     level = LOGGER.level
-    metrics = judge(weights, str(digits), split, **SETTINGS, task="detect")
+    metrics = judge(weights, str(digits), split, config=CONFIG, device="cpu")
     assert not list(tmp_path.iterdir()) and LOGGER.level == level
     assert "".join(capfd.readouterr()) == ""
-    assert metrics == judge(weights, str(digits), split, **SETTINGS, task="detect")
+    assert metrics == judge(weights, str(digits), split, config=CONFIG, device="cpu")
 
     stock = YOLO(weights).val(data=str(digits), split=split, plots=False, project=str(tmp_path), **SETTINGS)
-    assert {k: metrics[k] for k in HOST} == stock.results_dict
+    assert {k: metrics[k] for k in ULTRALYTICS} == stock.results_dict
     report = tool_report(weights, digits, split, tmp_path)
     assert metrics["devkit/AP50-07"] == report["mean"]["VOC07"]
     assert metrics["devkit/AP50-10"] == report["mean"]["VOC10+"]
-    assert metrics.keys() == HOST | DEVKIT
+    assert metrics.keys() == ULTRALYTICS | DEVKIT
     # Counted by other code from the detections in pixels
     assert report["mean"]["Ultralytics AP50"] == pytest.approx(metrics["metrics/mAP50(B)"], abs=2e-3)
     assert split == "val" or metrics["metrics/mAP50(B)"] > 0.3  # there was something to compare
@@ -55,9 +56,27 @@ def test_detection_is_judged_as_by_the_host_and_by_the_devkit(split, weights, di
 def test_without_annotations_there_is_no_devkit_metric(weights, digits):
     labels = digits.with_name("labels.yaml")
     labels.write_text(re.sub("^voc:.*\n", "", digits.read_text(), flags=re.MULTILINE))
-    metrics = judge(weights, str(labels), "train", **SETTINGS, task="detect")
-    whole = judge(weights, str(digits), "train", **SETTINGS, task="detect")
-    assert metrics == {k: whole[k] for k in HOST}
+    metrics = judge(weights, str(labels), "train", config=CONFIG, device="cpu")
+    whole = judge(weights, str(digits), "train", config=CONFIG, device="cpu")
+    assert metrics == {k: whole[k] for k in ULTRALYTICS}
+
+
+@pytest.mark.parametrize("asked", [{"max_det": 2}, {"classes": [1]}, {"single_cls": True}, {"iou": 0.1}])
+def test_the_settings_of_the_training_count(asked, weights, digits, tmp_path):
+    metrics = judge(weights, str(digits), "train", config={**CONFIG, **asked}, device="cpu")
+    stock = YOLO(weights).val(data=str(digits), split="train", plots=False, project=str(tmp_path), **SETTINGS, **asked)
+    assert {k: metrics[k] for k in ULTRALYTICS} == stock.results_dict
+    # The devkit's metric is that of the annotations as they are
+    assert DEVKIT.isdisjoint(metrics) == ("classes" in asked or "single_cls" in asked)
+    plain = judge(weights, str(digits), "train", config=CONFIG, device="cpu")
+    assert plain["metrics/mAP50-95(B)"] != metrics["metrics/mAP50-95(B)"]
+
+
+def test_a_batch_that_training_chooses_by_its_memory_is_none_for_judging(weights, digits):
+    for batch in -1, 0.7:
+        metrics = judge(weights, str(digits), "val", config={**CONFIG, "batch": batch}, device="cpu")
+        whole = judge(weights, str(digits), "val", config={**CONFIG, "batch": 16}, device="cpu")
+        assert metrics == whole
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +93,12 @@ def classifier(tmp_path_factory):
     return data, folder / "random.pt"
 
 
-def test_classification_is_judged_as_by_the_host(classifier, tmp_path, monkeypatch):
+def test_classification_is_judged_as_by_ultralytics(classifier, tmp_path, monkeypatch):
     data, weights = classifier
     monkeypatch.chdir(tmp_path)
     settings = {"imgsz": 32, "batch": 8, "device": "cpu"}
-    metrics = judge(weights, str(data), "test", **settings, task="classify")
+    config = {"task": "classify", "imgsz": 32, "batch": 8}
+    metrics = judge(weights, str(data), "test", config=config, device="cpu")
     assert not list(tmp_path.iterdir())
     stock = YOLO(weights).val(data=str(data), split="test", plots=False, project=str(tmp_path), **settings)
     assert metrics == stock.results_dict and 0 < metrics["metrics/accuracy_top1"] < 1
@@ -92,5 +112,5 @@ def test_what_cannot_be_judged_is_refused(weights, classifier, digits, tmp_path)
         (weights, "other", FileNotFoundError, r"data\.yaml 'other:'"),
     ]:
         with pytest.raises(error, match=message):
-            judge(path, str(digits), split, **SETTINGS, task="detect")
+            judge(path, str(digits), split, config=CONFIG, device="cpu")
     assert LOGGER.level == level

@@ -245,7 +245,9 @@ def test_it_writes_its_files(tool, experiment, workplace, capsys, monkeypatch):
     tool.main(given)
     stem = workplace / "study/robustness-little"
     text = stem.with_suffix(".md").read_text()
-    assert "python studies/robustness/robustness.py little --arms baseline,shift --split val --draws 2 --images 4" in text
+    assert (
+        "python studies/robustness/robustness.py little --arms baseline,shift --split val --draws 2 --images 4" in text
+    )
     assert text.rstrip() in capsys.readouterr().out
     record = json.loads(stem.with_suffix(".json").read_text())
     names = ["clean", "head, 16 bits", "weight noise 2%", "weight noise 5%"]

@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""What an experiment found, from the records of its runs alone: Markdown, CSV, JSON and a picture."""
+"""``yolo-sos table``: the results of an experiment from the records of its runs, as Markdown, CSV, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from statistics import median
-from types import NoneType
 from typing import Any
 
 from ultralytics.utils import LOGGER, colorstr, plt_settings
@@ -28,38 +27,28 @@ from yolo_sos.markdown import markdown_table
 PREFIX = colorstr("table: ")
 BASELINE = "baseline"
 PRIMARY = ("metrics/mAP50-95(B)", "metrics/accuracy_top1", "fitness")  # the first that the records hold
-ESSENTIALS = ("data", "model", "epochs", "imgsz", "batch", "optimizer")  # of the common config, told in the Markdown
+ESSENTIALS = ("data", "model", "epochs", "imgsz", "batch", "optimizer")  # of the common config, shown in the Markdown
 LEVEL = 0.95
-FIELDS: dict[str, tuple[type, ...]] = {
-    "experiment": (str,),
-    "arm": (str,),
-    "seed": (int,),
-    "metrics": (dict,),
-    "config": (dict,),
-    "differences": (list,),
-    "versions": (dict,),
-    "git_commit": (str, NoneType),
-    "device": (str,),
-    "wall_time": (int, float),
-}
 NONE = "–"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What the table reads of the record of a run.
+    """What the table needs of the record of a run.
 
     Attributes:
         path (Path): The file.
         arm (str): Name of the arm.
         seed (int): Seed of the run.
-        metrics (dict[str, dict[str, float]]): Split → metric → value; nan where the run gave no number.
+        metrics (dict[str, dict[str, float]]): Split → metric → value; nan where the value was not finite.
         config (dict[str, Any]): The whole config, without the seed.
         differences (tuple[str, ...]): Keys of the config that the arm sets.
-        origin (dict[str, str]): What ran, and where: versions, device, commit.
+        origin (dict[str, str]): Versions, device and commit of the run.
         wall_time (float): Seconds of training.
         norm2 (float | None): Squared norm of the final layers; None in records of older releases, and of models without
             such layers.
+        shifted (bool | None): Whether a shift reached the model judged; None in records of older releases, and of arms
+            that do not shift.
     """
 
     path: Path
@@ -71,24 +60,26 @@ class Record:
     origin: dict[str, str]
     wall_time: float
     norm2: float | None
+    shifted: bool | None = None
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the model judged is what the arm asks for."""
+        return self.shifted is not False
 
     @classmethod
     def read(cls, path: Path, experiment: str) -> Record:
         """Read a record and check what the table needs of it.
 
         Raises:
-            ValueError: If the file is no record of a run of this experiment; names the file and the key.
+            ValueError: If the file is not a record of a run of this experiment; names the file and the key.
         """
         content = read_record(path)
-        for key, kinds in FIELDS.items():
-            if not isinstance(content[key], kinds):
-                names = " or ".join(kind.__name__ for kind in kinds)
-                raise ValueError(f"{path}: '{key}' must be of type {names}, not {type(content[key]).__name__}.")
         arm, seed, config, seconds = (content[key] for key in ("arm", "seed", "config", "wall_time"))
         if content["experiment"] != experiment:
             raise ValueError(f"{path}: 'experiment' is '{content['experiment']}', not '{experiment}'.")
         name = record_path("", experiment, arm, seed).name
-        if path.name != name:  # a copy would count twice
+        if path.name != name:  # a copy of a record would count twice
             raise ValueError(f"{path}: 'arm' and 'seed' are {arm} and {seed}; the record of that run is {name}.")
         if "val" not in content["metrics"]:
             raise ValueError(f"{path}: 'metrics.val' is missing.")
@@ -97,26 +88,27 @@ class Record:
                 raise ValueError(f"{path}: 'config' lacks {json.dumps(key)}, which 'differences' names.")
         if not (math.isfinite(seconds) and seconds > 0):
             raise ValueError(f"{path}: 'wall_time' must be a number of seconds above 0, not {seconds}.")
-        norm2 = content.get("norm2")
+        norm2, shifted = content.get("norm2"), content.get("shifted")
+        if shifted not in (True, False, None):
+            raise ValueError(f"{path}: 'shifted' must be true, false or null, not {json.dumps(shifted)}.")
         if norm2 is not None and not (isinstance(norm2, (int, float)) and norm2 > 0):
             raise ValueError(f"{path}: 'norm2' must be a number above 0, or null, not {json.dumps(norm2)}.")
         metrics = {split: _numbers(values, f"{path}: 'metrics.{split}") for split, values in content["metrics"].items()}
         origin = {**content["versions"], "device": content["device"], "commit": content["git_commit"] or "unknown"}
-        return cls(path, arm, seed, metrics, config, tuple(content["differences"]), origin, seconds, norm2)
+        return cls(path, arm, seed, metrics, config, tuple(content["differences"]), origin, seconds, norm2, shifted)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm by one metric on one split. nan: not defined, or not for the baseline.
+    """One metric of one arm on one split; nan where a figure is not defined.
 
     Attributes:
         split (str): Split of the data.
         metric (str): Name of the metric.
         arm (str): Name of the arm.
         values (dict[int, float]): Value by seed.
-        differences (dict[int, float]): Value less the baseline's by seed, for the seeds that both have; empty for the
-            baseline.
-        p_holm (float): p, corrected over the arms; nan but for the primary metric.
+        differences (dict[int, float]): Value less the baseline's by seed, over the pairs (see `ResultTable`).
+        p_holm (float): p, corrected over the arms; nan for all but the primary metric.
     """
 
     split: str
@@ -143,8 +135,11 @@ class Row:
 class ResultTable:
     """The table of an experiment's results, checked and ready to ``run``.
 
-    Records may differ in arm, in seed, and in the settings that one of their arms sets. Whatever else differs between
-    two configs is refused: a difference in the results would have two reasons.
+    Records may differ in arm, in seed, and in the settings that one of their arms sets. Any other difference between
+    two configs is refused, as it would be a second reason for different results.
+
+    An arm is compared with the baseline over pairs: the seeds that both have, less those whose model was not shifted
+    although its arm asks for it, which would show the baseline's own figures as the effect of shifting.
 
     Args:
         experiment (str): Name of the experiment, such as ``bccd/screen``.
@@ -162,7 +157,7 @@ class ResultTable:
         self.experiment = experiment
         self.folder = Path(results) / experiment
         folder = self.folder / "records"
-        # A name with a dot in front is a record that another process is writing.
+        # A name that starts with a dot is a record that another process is writing.
         paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
         if not paths:
             raise FileNotFoundError(f"{folder}: there are no records of experiment '{experiment}'.")
@@ -209,8 +204,12 @@ class ResultTable:
         }
         baseline = values[BASELINE]
         differences = {
-            arm: {seed: v - baseline[seed] for seed, v in of_arm.items() if seed in baseline and arm != BASELINE}
-            for arm, of_arm in values.items()
+            arm: {
+                r.seed: values[arm][r.seed] - baseline[r.seed]
+                for r in of_arm
+                if arm != BASELINE and r.comparable and r.seed in values[arm] and r.seed in baseline
+            }
+            for arm, of_arm in self.arms.items()
         }
         corrected = [math.nan] * len(values)
         if metric == self.primary:
@@ -221,9 +220,9 @@ class ResultTable:
         ]
 
     def ratios(self, arm: str, key: str) -> list[float]:
-        """Return an arm's ``wall_time`` or ``norm2`` over the baseline's, for the seeds that both have it of."""
+        """Return an arm's ``wall_time`` or ``norm2`` over the baseline's, over the pairs that both have it of."""
         baseline = {r.seed: getattr(r, key) for r in self.arms[BASELINE]}
-        pairs = [(getattr(r, key), baseline.get(r.seed)) for r in self.arms[arm]]
+        pairs = [(getattr(r, key), baseline.get(r.seed)) for r in self.arms[arm] if r.comparable]
         return [of_arm / base for of_arm, base in pairs if None not in (of_arm, base)]
 
     def run(self) -> Path:
@@ -241,7 +240,7 @@ class ResultTable:
         return self.folder
 
     def markdown(self) -> str:
-        """Return the table for readers: the primary metric with its comparisons, then means of the others."""
+        """Return the primary metric with its comparisons, then the means of the other metrics."""
         common, arms = self._common(), len(self.arms) - 1
         essentials = ", ".join(f"{key}={_setting(common[key])}" for key in ESSENTIALS if key in common)
         origins = self._origins()
@@ -264,12 +263,19 @@ class ResultTable:
         ]
         for name, found in origins.items():
             if len(found) > 1:
-                told = "; ".join(f"{n} × {value}" for value, n in found.items())
-                notes.append(f"The {len(self.records)} records do not agree in {name}: {told}.")
+                counts = "; ".join(f"{n} × {value}" for value, n in found.items())
+                notes.append(f"The {len(self.records)} records do not agree in {name}: {counts}.")
         for record in self.records:
+            if not record.comparable:
+                notes.append(
+                    f"{record.path.name}: its arm shifts, but no shift reached the model that was judged, so it is not "
+                    f"compared with the {BASELINE}."
+                )
             for split, values in record.metrics.items():
                 if math.isnan(values[self.primary]):
-                    notes.append(f"{record.path.name} has no number on {split}, so that what rests on it is unknown.")
+                    notes.append(
+                        f"{record.path.name} has no number on {split}, so the figures that need it are unknown."
+                    )
         return "\n".join([*parts, "".join(f"- {note}\n" for note in notes)])
 
     def _headline(self, split: str) -> str:
@@ -309,7 +315,7 @@ class ResultTable:
         return {name: Counter(r.origin.get(name, "unknown") for r in self.records) for name in names}
 
     def csv(self) -> str:
-        """Return a line per split, metric and arm; empty where a figure is not defined."""
+        """Return one row per split, metric and arm; empty where a figure is not defined."""
         text = io.StringIO()
         writer = csv.DictWriter(text, list(self.rows[0].figures), lineterminator="\n")
         writer.writeheader()
@@ -317,7 +323,7 @@ class ResultTable:
         return text.getvalue()
 
     def json(self) -> dict[str, Any]:
-        """Return the CSV's lines with the values behind them, and what the arms are; None where nothing is defined."""
+        """Return the rows of the CSV with the values behind them, and the arms; None where a figure is not defined."""
         arms = {}
         for arm, of_arm in self.arms.items():
             arms[arm] = {
@@ -325,6 +331,7 @@ class ResultTable:
                 "seeds": [r.seed for r in of_arm],
                 "wall_time": [r.wall_time for r in of_arm],
                 "norm2": [r.norm2 for r in of_arm],
+                "shifted": [r.shifted for r in of_arm],
                 "time_ratio": _range(self.ratios(arm, "wall_time")),
                 "norm2_ratio": _range(self.ratios(arm, "norm2")),
             }
@@ -349,7 +356,7 @@ class ResultTable:
 
     @plt_settings()
     def plot(self, path: Path) -> None:
-        """Draw a forest plot of the primary metric, a panel per split: each seed's difference, their mean, interval."""
+        """Draw a forest plot of the primary metric, a panel per split: differences by seed, their mean and interval."""
         import matplotlib.pyplot as plt
 
         arms = [arm for arm in self.arms if arm != BASELINE]
@@ -359,7 +366,7 @@ class ResultTable:
             ax.axvline(0, color="black", linewidth=0.8)
             for y, row in enumerate(self._of(split, self.primary)[1:]):  # the baseline is the first
                 differences, line = list(row.differences.values()), row.figures
-                below = [y + 0.25] * len(differences)  # where the mean does not hide them
+                below = [y + 0.25] * len(differences)  # so that the mean does not hide them
                 (dots,) = ax.plot(differences, below, "o", color="C1", markersize=4, alpha=0.6)
                 (mean,) = ax.plot(line["diff"], y, "D", color="C0", markersize=6)
                 (interval,) = ax.plot([line["low"], line["high"]], [y, y], "-", color="C0", linewidth=2)
@@ -368,7 +375,7 @@ class ResultTable:
             ax.locator_params(axis="x", nbins=5)
             ax.grid(axis="x", alpha=0.25)
         axes[0][0].set_yticks(range(len(arms)), arms)
-        axes[0][0].set_ylim(len(arms) - 0.5, -0.5)  # as in the table, from above
+        axes[0][0].set_ylim(len(arms) - 0.5, -0.5)  # from top to bottom, as in the table
         names = ["one seed", "mean", f"{LEVEL:.0%} interval"]
         fig.legend([dots, mean, interval], names, loc="outside lower center", ncols=3, fontsize=9)
         with atomic_path(path) as temporary:
@@ -406,7 +413,7 @@ def _setting(value: Any) -> str:
 
 
 def _bare(number: float, spec: str = ".4f") -> str:
-    """Format without the zero before the point, and with a minus instead of a hyphen."""
+    """Format a number without the zero before the point, and with a minus sign instead of a hyphen."""
     return NONE if math.isnan(number) else re.sub(r"^([+-]?)0\.", r"\1.", format(number, spec)).replace("-", "−")
 
 
