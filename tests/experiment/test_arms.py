@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from ultralytics.cfg import DEFAULT_CFG_DICT
 
-from yolo_sos.config import SOSConfig
+from yolo_sos.config import KEYS
 from yolo_sos.experiment.arms import LEFT_OUT, find_experiment, read_arms
 
 
@@ -32,7 +32,7 @@ def test_an_arm_builds_on_the_default_whether_it_names_it_or_not(experiment):
 
 def test_a_config_holds_every_setting(experiment):
     config = read_arms(experiment)["shift"].config
-    assert set(config) | set(LEFT_OUT) >= {*DEFAULT_CFG_DICT, *SOSConfig.keys()}
+    assert set(config) | set(LEFT_OUT) >= {*DEFAULT_CFG_DICT, *KEYS}
     assert config["momentum"] == DEFAULT_CFG_DICT["momentum"] and config["sos_interval"] == 5
     assert not {"seed", "device", "project", "name"} & config.keys()
 

@@ -12,7 +12,8 @@ from ultralytics.utils import YAML
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from yolo_sos.arguments import read_cfg
-from yolo_sos.config import CFG_DIR, SOSConfig, resolve_data, resolve_model
+from yolo_sos.builtin import CFG_DIR, resolve_data, resolve_model
+from yolo_sos.config import SOSConfig
 from yolo_sos.experiment.arms import DEFAULT, find_experiment, read_arms
 
 FOLDER = CFG_DIR / "experiments"

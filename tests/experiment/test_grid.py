@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -22,8 +23,8 @@ from yolo_sos.experiment import run as running
 from yolo_sos.experiment.grid import Experiment
 from yolo_sos.experiment.judge import judge
 from yolo_sos.experiment.record import FIELDS, read_record, read_rows
-from yolo_sos.heads import final_layers
-from yolo_sos.train import SOSDetectionTrainer
+from yolo_sos.trainers import SOSDetectionTrainer
+from yolo_sos.yolo import final_layers
 
 RECORDS = Path("results/little/records")
 
@@ -161,27 +162,18 @@ def test_what_is_due_after_the_last_epoch_is_done_when_a_run_was_killed_then(exp
 
 
 @pytest.mark.parametrize(
-    ("lines", "shifted"),
+    ("state", "shifted"),
     [
-        ([], False),
-        (["2,ema,1.0"], True),  # best.pt is of epoch 2, the later one of two alike
-        (["1,model,1.0", "1,ema,0.25"], True),
-        (["3,ema,1.0", "3,model,1.0"], False),  # after it
-        (["3,ema,1.0", "2,best,0.5"], True),  # and then the file itself
-        (["1,ema,0.0", "3,ema,1.0", "2,best,0.0"], False),  # the guard let nothing pass
-        (["1,model,1.0", "3,last,1.0"], False),  # of others
+        ({"shifts": []}, False),
+        ({"shifts": [{"epoch": 1, "step": 0.0}, {"epoch": 2, "step": 0}]}, False),  # the guard refused both
+        ({"shifts": [{"epoch": 1, "step": 0.0}, {"epoch": 2, "step": 0.25}]}, True),
+        ({"settings": {}}, None),  # of an older release
+        (None, None),
     ],
 )
-@pytest.mark.parametrize("stripped", [True, False])
-def test_whether_a_shift_reached_the_model_judged(lines, shifted, stripped, tmp_path):
-    best = tmp_path / "weights" / "best.pt"
-    best.parent.mkdir()
-    metrics = {"metrics/mAP50(B)": np.float64(1 / 3), "sos/t": float("nan"), "fitness": 0.5}
-    torch.save({"epoch": -1 if stripped else 1, "train_metrics": metrics}, best)
-    rows = [f"{epoch},{epoch},{value},nan\n" for epoch, value in ((1, 0.333333), (2, 0.333333), (3, 0.333334))]
-    (tmp_path / "results.csv").write_text("epoch,time,metrics/mAP50(B),sos/t\n" + "".join(rows))
-    (tmp_path / "sos.csv").write_text("\n".join(["epoch,model,t", *lines]) + "\n")
-    assert running.was_shifted(best) is shifted
+def test_whether_a_shift_reached_the_model_judged(state, shifted, tmp_path):
+    torch.save({"epoch": -1, **({"sos": state} if state is not None else {})}, tmp_path / "best.pt")
+    assert running.was_shifted(tmp_path / "best.pt") is shifted
 
 
 @pytest.mark.parametrize(
@@ -242,6 +234,19 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(experiment, trainings, ca
     assert "Traceback" in Path("runs/experiments/little/broken-0/log.txt").read_text()
 
 
+def test_data_that_cannot_be_judged_on_stop_an_experiment_before_it_trains(experiment, trainings, digits):
+    broken = Path(shutil.copytree(digits.parent, "broken"))
+    annotation = sorted((broken / "annotations/test").iterdir())[0]
+    annotation.write_text(annotation.read_text().replace("<name>", "<name>not-", 1))
+    data = broken / "data.yaml"
+    data.write_text(re.sub("^path:.*", f"path: {broken.resolve()}", data.read_text(), flags=re.MULTILINE))
+    grid = Experiment("little", seeds=0, data=str(data.resolve()))
+    with pytest.raises(ValueError, match="not-"):
+        grid.run()
+    assert not trainings and not Path("runs").exists()
+    assert Experiment("little", seeds=0, arms="baseline", splits="val", data=str(data.resolve())).run() == 0
+
+
 def test_a_try_that_failed_before_training_does_not_stand_in_the_way(experiment):
     assert Experiment("little", seeds=0, arms="baseline", splits="val", model="missing.pt", epochs=9).run() == 1
     assert not RECORDS.exists()
@@ -258,7 +263,7 @@ def test_records_judge_with_the_settings_of_the_training(experiment, weights, di
     assert grid.run() == 0
     found = read_record(RECORDS / "baseline-0.json")["metrics"]["val"]
     last = read_rows(grid.runs[0].folder / "results.csv")[-1]
-    plain = judge(grid.runs[0].best, grid.runs[0].data, "val", config={"task": "detect", "imgsz": 64}, device="cpu")
+    plain = judge(grid.runs[0].best, grid.runs[0].data, "val", task="detect", imgsz=64, device="cpu")
     for key in "metrics/mAP50(B)", "metrics/mAP50-95(B)", "metrics/recall(B)":
         assert found[key] == pytest.approx(float(last[key]), rel=1e-2) and found[key] > 0.05
         assert found[key] != pytest.approx(plain[key], rel=5e-2)

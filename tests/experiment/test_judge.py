@@ -16,7 +16,7 @@ from ultralytics.nn.tasks import ClassificationModel
 from ultralytics.utils import LOGGER
 
 from yolo_sos.data.image_folder import build_image_folder
-from yolo_sos.experiment.judge import judge
+from yolo_sos.experiment.judge import check_judgement, judge, judged_settings
 
 TOOL = Path(__file__).parents[2] / "tools" / "eval_voc.py"
 SETTINGS = {"imgsz": 64, "batch": 8, "device": "cpu"}
@@ -37,10 +37,10 @@ def tool_report(weights, data, split, folder) -> dict:
 def test_detection_is_judged_as_by_ultralytics_and_by_the_devkit(split, weights, digits, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     level = LOGGER.level
-    metrics = judge(weights, str(digits), split, config=CONFIG, device="cpu")
+    metrics = judge(weights, str(digits), split, **judged_settings(CONFIG), device="cpu")
     assert not list(tmp_path.iterdir()) and LOGGER.level == level
     assert "".join(capfd.readouterr()) == ""
-    assert metrics == judge(weights, str(digits), split, config=CONFIG, device="cpu")
+    assert metrics == judge(weights, str(digits), split, **judged_settings(CONFIG), device="cpu")
 
     stock = YOLO(weights).val(data=str(digits), split=split, plots=False, project=str(tmp_path), **SETTINGS)
     assert {k: metrics[k] for k in ULTRALYTICS} == stock.results_dict
@@ -56,26 +56,28 @@ def test_detection_is_judged_as_by_ultralytics_and_by_the_devkit(split, weights,
 def test_without_annotations_there_is_no_devkit_metric(weights, digits):
     labels = digits.with_name("labels.yaml")
     labels.write_text(re.sub("^voc:.*\n", "", digits.read_text(), flags=re.MULTILINE))
-    metrics = judge(weights, str(labels), "train", config=CONFIG, device="cpu")
-    whole = judge(weights, str(digits), "train", config=CONFIG, device="cpu")
+    metrics = judge(weights, str(labels), "train", **judged_settings(CONFIG), device="cpu")
+    whole = judge(weights, str(digits), "train", **judged_settings(CONFIG), device="cpu")
     assert metrics == {k: whole[k] for k in ULTRALYTICS}
 
 
 @pytest.mark.parametrize("asked", [{"max_det": 2}, {"classes": [1]}, {"single_cls": True}, {"iou": 0.1}])
 def test_the_settings_of_the_training_count(asked, weights, digits, tmp_path):
-    metrics = judge(weights, str(digits), "train", config={**CONFIG, **asked}, device="cpu")
+    metrics = judge(weights, str(digits), "train", **judged_settings({**CONFIG, **asked}), device="cpu")
     stock = YOLO(weights).val(data=str(digits), split="train", plots=False, project=str(tmp_path), **SETTINGS, **asked)
     assert {k: metrics[k] for k in ULTRALYTICS} == stock.results_dict
     # The devkit's metric is that of the annotations as they are
+    truth = check_judgement(str(digits), "train", **judged_settings({**CONFIG, **asked}))
+    assert (truth is None) == DEVKIT.isdisjoint(metrics)
     assert DEVKIT.isdisjoint(metrics) == ("classes" in asked or "single_cls" in asked)
-    plain = judge(weights, str(digits), "train", config=CONFIG, device="cpu")
+    plain = judge(weights, str(digits), "train", **judged_settings(CONFIG), device="cpu")
     assert plain["metrics/mAP50-95(B)"] != metrics["metrics/mAP50-95(B)"]
 
 
 def test_a_batch_that_training_chooses_by_its_memory_is_none_for_judging(weights, digits):
     for batch in -1, 0.7:
-        metrics = judge(weights, str(digits), "val", config={**CONFIG, "batch": batch}, device="cpu")
-        whole = judge(weights, str(digits), "val", config={**CONFIG, "batch": 16}, device="cpu")
+        metrics = judge(weights, str(digits), "val", **judged_settings({**CONFIG, "batch": batch}), device="cpu")
+        whole = judge(weights, str(digits), "val", **judged_settings({**CONFIG, "batch": 16}), device="cpu")
         assert metrics == whole
 
 
@@ -98,7 +100,7 @@ def test_classification_is_judged_as_by_ultralytics(classifier, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     settings = {"imgsz": 32, "batch": 8, "device": "cpu"}
     config = {"task": "classify", "imgsz": 32, "batch": 8}
-    metrics = judge(weights, str(data), "test", config=config, device="cpu")
+    metrics = judge(weights, str(data), "test", **judged_settings(config), device="cpu")
     assert not list(tmp_path.iterdir())
     stock = YOLO(weights).val(data=str(data), split="test", plots=False, project=str(tmp_path), **settings)
     assert metrics == stock.results_dict and 0 < metrics["metrics/accuracy_top1"] < 1
@@ -112,5 +114,5 @@ def test_what_cannot_be_judged_is_refused(weights, classifier, digits, tmp_path)
         (weights, "other", FileNotFoundError, r"data\.yaml 'other:'"),
     ]:
         with pytest.raises(error, match=message):
-            judge(path, str(digits), split, config=CONFIG, device="cpu")
+            judge(path, str(digits), split, **judged_settings(CONFIG), device="cpu")
     assert LOGGER.level == level

@@ -49,6 +49,8 @@ def test_configs_differ_in_the_first_key_that_differs():
 def test_a_setting_that_an_older_release_did_not_have_counts_as_its_default():
     assert difference({"sos": True}, {"sos": True, "sos_step": 1.0}) is None
     assert difference({"sos": True}, {"sos": True, "sos_step": 0.5}) == "sos_step"
+    assert difference({"sos": True, "sos_solver": "qr"}, {"sos": True, "sos_solver": "svd"}) is None
+    assert difference({"sos": True, "sos_solver": "qr"}, {"sos": True, "sos_solver": "gauss"}) == "sos_solver"
 
 
 def test_wall_time_counts_every_stretch(tmp_path):

@@ -13,7 +13,8 @@ from ultralytics.cfg import get_cfg
 from ultralytics.utils import YAML
 
 from yolo_sos.arguments import read_cfg
-from yolo_sos.config import CFG_DIR, SOSConfig, is_sos_key
+from yolo_sos.builtin import CFG_DIR
+from yolo_sos.config import SOSConfig, is_sos_key
 
 DEFAULT = "default.yaml"
 # Keys that do not change a result, or that a record holds outside its config

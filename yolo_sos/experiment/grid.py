@@ -12,6 +12,7 @@ from typing import Any
 from ultralytics.utils import LOGGER, TQDM, colorstr
 
 from yolo_sos.experiment.arms import find_experiment, read_arms
+from yolo_sos.experiment.judge import check_judgement, judged_settings
 from yolo_sos.experiment.launch import LAUNCHERS, check_launcher
 from yolo_sos.experiment.record import difference, read_record, record_path, wall_time, write_record
 from yolo_sos.experiment.run import Busy, Run, available_splits
@@ -63,6 +64,8 @@ class Experiment:
         if wrong := [split for split in self.splits or () if split not in {"train", "val", "test"}]:
             raise ValueError(f"'splits={wrong[0]}' is invalid: splits must be of train, val, test.")
         chosen = read_arms(folder, _names("arms", arms), overrides)
+        for arm in chosen.values():
+            judged_settings(arm.config)  # raises if a record could not judge as the training validates
         given = ("0" if device == 0 else device) or next(iter(chosen.values())).settings.get("device") or ""
         self.runs = [
             Run(self.name, arm, seed, Path(project) / self.name / f"{arm.name}-{seed}", str(given), self.splits or ())
@@ -95,6 +98,10 @@ class Experiment:
 
         Returns:
             (int): The number of runs that failed.
+
+        Raises:
+            FileNotFoundError: If a data set cannot be had, or lacks a split, an image or an annotation.
+            ValueError: If a data set cannot be judged on, so that training on it would be in vain.
         """
         waiting = [run for run in self.runs if run not in self.finished]
         LOGGER.info(f"{PREFIX}{self.name}: {len(self.runs)} runs, {len(self.finished)} finished, {self.estimate()}")
@@ -105,9 +112,12 @@ class Experiment:
         if not waiting:
             return 0
         if self.splits is None:
-            settings = waiting[0].arm.config
-            found = tuple(available_splits(settings["task"], waiting[0].data))
+            found = tuple(available_splits(waiting[0].arm.config["task"], waiting[0].data))
             waiting = [replace(run, splits=found) for run in waiting]
+        judgements = [(run.data, split, judged_settings(run.arm.config)) for run in waiting for split in run.splits]
+        for i, (data, split, settings) in enumerate(judgements):
+            if judgements[i] not in judgements[:i]:  # most arms are judged alike
+                check_judgement(data, split, **settings)
         failed, elsewhere = [], []
         bar = TQDM(total=len(self.runs), initial=len(self.finished), desc=self.name)
         left = (run for run in waiting if not self._is_finished(run))  # another process may have finished it meanwhile

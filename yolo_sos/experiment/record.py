@@ -58,8 +58,8 @@ def read_record(path: Path) -> dict[str, Any]:
 def difference(one: dict[str, Any], other: dict[str, Any], besides: tuple[str, ...] = ()) -> str | None:
     """Return the first key, in alphabetical order, in which two configs differ; None if they agree.
 
-    A setting that a record of an older release lacks counts as its default. The settings of a shift do not count where
-    one of the two does not shift.
+    A setting that a record of an older release lacks counts as its default, and its ``sos_solver=qr`` as ``svd``, which
+    computes the same weights. The settings of a shift do not count where one of the two does not shift.
 
     Args:
         one (dict): A config, as records hold it.
@@ -67,7 +67,9 @@ def difference(one: dict[str, Any], other: dict[str, Any], besides: tuple[str, .
         besides (tuple[str, ...]): Keys that may differ.
     """
     defaults = SOSConfig.from_dict({}).to_dict()
-    one, other = finite({**defaults, **one}), finite({**defaults, **other})
+    one, other = (finite({**defaults, **config}) for config in (one, other))
+    for config in one, other:
+        config["sos_solver"] = config["sos_solver"].replace("qr", "svd")
     keys = {*one, *other} - {*besides}
     if not (one["sos"] and other["sos"]):
         keys -= {key for key in keys if key.startswith("sos_") and key not in RECIPE}

@@ -21,15 +21,16 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.patches import torch_load
 from ultralytics.utils.torch_utils import get_cpu_info, get_gpu_info, select_device
 
-from yolo_sos.config import resolve_data, resolve_model
-from yolo_sos.core.layers import weight_matrix
+from yolo_sos.builtin import resolve_data, resolve_model
+from yolo_sos.config import CHECKPOINT_KEY
+from yolo_sos.core import weight_matrix
 from yolo_sos.experiment.arms import Arm
-from yolo_sos.experiment.judge import judge
+from yolo_sos.experiment.judge import judge, judged_settings
 from yolo_sos.experiment.record import difference, read_rows, wall_time
 from yolo_sos.files import read_json, write_text
-from yolo_sos.heads import final_layers
-from yolo_sos.train import TRAINERS
+from yolo_sos.trainers import TRAINERS
 from yolo_sos.versions import git_commit, versions
+from yolo_sos.yolo import final_layers
 
 BEGUN = "run.json"  # in a run's folder: the config that it was begun with
 LOG = "log.txt"
@@ -125,19 +126,19 @@ def execute(run: Run) -> dict[str, Any]:
         # Read now, since the checkout may be another one when the run ends.
         origin = {"versions": versions(), "git_commit": git_commit(), "device": device_name(run.device)}
         train(run)
-        config = run.arm.config
-        metrics = {split: judge(run.best, run.data, split, config=config, device=run.device) for split in run.splits}
+        settings = judged_settings(run.arm.config)
+        metrics = {split: judge(run.best, run.data, split, device=run.device, **settings) for split in run.splits}
         return {
             "experiment": run.experiment,
             "arm": run.arm.name,
             "seed": run.seed,
             "metrics": metrics,
             "norm2": squared_norm(run.best),
-            "shifted": was_shifted(run.best) if config["sos"] else None,
+            "shifted": was_shifted(run.best) if run.arm.config["sos"] else None,
             "wall_time": wall_time(run.folder / "results.csv"),
             **origin,
             "differences": list(run.arm.differences),
-            "config": config,
+            "config": run.arm.config,
             "sos": read_rows(run.folder / "sos.csv"),
         }
 
@@ -159,7 +160,6 @@ def train(run: Run) -> None:
             trainer, device = finishing(trainer), device.strip("[]").split(",")[0]  # no epoch to share between devices
         model.train(trainer=trainer, resume=True, device=device, data=run.data)
         return
-    (run.folder / "sos.csv").unlink(missing_ok=True)  # of an attempt that failed in its first epoch
     write_text(run.folder / BEGUN, json.dumps(run.arm.config, indent=1) + "\n")
     settings = {**run.arm.settings, "data": run.data}
     # By name, not from a YOLO object: what `pretrained` and `model` mean together is for Ultralytics to say.
@@ -213,23 +213,10 @@ def squared_norm(weights: Path) -> float | None:
     return sum(float(weight_matrix(layer.module).double().square().sum()) for layer in layers)
 
 
-def was_shifted(weights: Path) -> bool:
-    """Tell whether a shift that the guard let pass has reached a checkpoint of a run, by the run's ``sos.csv``.
-
-    A line of a shift after the last epoch names the file. Other shifts are of the EMA, and count if the checkpoint was
-    saved at their epoch or later. A stripped checkpoint no longer says its epoch, but the metrics that it was saved
-    with are those of a row of ``results.csv`` to the digit: of the last such row, as a tie saves ``best.pt`` again.
-    """
-    folder = weights.parents[1]
-    saved = torch_load(weights, map_location="cpu")
-    epoch = saved["epoch"] + 1
-    if not epoch:
-        metrics = {key: f"{value:.6g}" for key, value in saved["train_metrics"].items() if value is not None}
-        rows = read_rows(folder / "results.csv")
-        same = (r for r in rows if all(r.get(key, value) == value for key, value in metrics.items()))
-        epoch = max((int(row["epoch"]) for row in same), default=0)
-    accepted = [row for row in read_rows(folder / "sos.csv") if float(row["t"]) > 0]
-    return any(r["model"] == weights.stem or (r["model"] == "ema" and int(r["epoch"]) <= epoch) for r in accepted)
+def was_shifted(weights: Path) -> bool | None:
+    """Tell whether a shift that the guard accepted has reached a checkpoint; None for those of older releases."""
+    shifts = (torch_load(weights, map_location="cpu").get(CHECKPOINT_KEY) or {}).get("shifts")
+    return None if shifts is None else any(shift["step"] > 0 for shift in shifts)
 
 
 def available_splits(task: str, data: str) -> list[str]:
