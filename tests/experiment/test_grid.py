@@ -267,6 +267,7 @@ def test_records_judge_with_the_settings_of_the_training(experiment, weights, di
     for key in "metrics/mAP50(B)", "metrics/mAP50-95(B)", "metrics/recall(B)":
         assert found[key] == pytest.approx(float(last[key]), rel=1e-2) and found[key] > 0.05
         assert found[key] != pytest.approx(plain[key], rel=5e-2)
+    assert Experiment("little", seeds=1, arms="baseline", splits="val", single_cls=True).run() == 0
 
 
 def test_a_record_of_other_settings_is_refused_and_kept(experiment, trainings):
