@@ -6,7 +6,7 @@ Every arm × seed of an experiment of detectors, with the settings of its record
 
     python studies/robustness/robustness.py bccd --runs runs/experiments --split test --arms baseline,principal,rows,end
 
-mAP50-95 by the host's own validation
+mAP50-95 by Ultralytics' own validation
 
 - of the model as it is ("clean");
 - with the head's final layers in 8, 6 and 4 bits: weights per output channel, symmetric, their inputs per tensor, by
@@ -57,8 +57,9 @@ from yolo_sos.core.layers import write_weight
 from yolo_sos.evaluate import Detections, GroundTruth, voc_ap
 from yolo_sos.experiment.detections import detect, read_data_set
 from yolo_sos.experiment.judge import quiet
+from yolo_sos.experiment.record import Record
 from yolo_sos.experiment.statistics import least_p
-from yolo_sos.experiment.table import BASELINE, Record, ResultTable, Row
+from yolo_sos.experiment.table import BASELINE, ResultTable, Row
 from yolo_sos.files import finite, write_text
 from yolo_sos.heads import final_layers
 from yolo_sos.markdown import markdown_table
@@ -124,7 +125,7 @@ def add_noise(model: nn.Module, sigma: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and ".dfl." not in name:  # the host's DFL is a constant, not a weight
+            if parameter.ndim > 1 and ".dfl." not in name:  # Ultralytics' DFL is a constant, not a weight
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                 parameter += sigma * parameter.square().mean().sqrt() * noise
 
@@ -162,7 +163,7 @@ def corrupted(image: np.ndarray, rng: np.random.Generator, corruption: Corruptio
 
 
 class Validator(DetectionValidator):
-    """The host's validator, with corrupted images if there is a ``corruption``. Its grey borders stay as they are."""
+    """Ultralytics' validator, with corrupted images if there is a ``corruption``. Its grey borders stay as they are."""
 
     corruption: Corruption | None = None
     seed = 0
@@ -262,7 +263,7 @@ def score(model: nn.Module, args: dict[str, Any], condition: Condition, seed: in
     if condition.alter:
         model = deepcopy(model)
         condition.alter(model)
-    with quiet(), TemporaryDirectory() as folder:  # the host makes one for plots, which are not made
+    with quiet(), TemporaryDirectory() as folder:  # Ultralytics makes one for plots, which are not made
         validator = Validator(args=args, save_dir=Path(folder))
         validator.corruption, validator.seed = condition.corruption, seed
         return float(validator(model=model)[METRIC])
@@ -438,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=Settings.draws, help="draws of the weights' noise")
     parser.add_argument("--images", type=int, default=Settings.images, help="training images for the inputs' ranges")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="of noise, corruptions and choice of images")
-    parser.add_argument("--device", default=Settings.device, help="as the host takes it")
+    parser.add_argument("--device", default=Settings.device, help="as Ultralytics takes it")
     args = parser.parse_args(argv)
     for name in "draws", "images":
         if getattr(args, name) < 1:

@@ -277,6 +277,13 @@ def test_a_model_that_no_shift_reached_is_not_compared(tmp_path):
     assert row[1] == "3, 0 paired" and row[3:] == ["–"] * 5
 
 
+def test_an_arm_may_be_called_anything_that_a_file_may(tmp_path):
+    write(tmp_path, *grid(2, ["baseline"]), *({**record("rows", s), "arm": "ca$$h"} for s in range(2)))
+    folder = ResultTable(NAME, tmp_path).run()
+    assert "ca$$h" in section((folder / "table.md").read_text(encoding="utf-8"), "test mAP50-95(B)")
+    assert cv2.imread(str(folder / "table.png")) is not None
+
+
 def test_metrics_of_a_classifier(tmp_path):
     metrics = {"val": {"metrics/accuracy_top1": 0.5, "metrics/accuracy_top5": 0.9, "fitness": 0.7}}
     write(tmp_path, *grid(2, metrics=metrics))

@@ -19,7 +19,7 @@ from typing import Any
 
 from ultralytics.utils import LOGGER, colorstr, plt_settings
 
-from yolo_sos.experiment.record import difference, read_record, record_path
+from yolo_sos.experiment.record import Record, difference
 from yolo_sos.experiment.statistics import holm, least_p, mean_and_std, sign_flip_p, t_interval
 from yolo_sos.files import atomic_path, finite, write_text
 from yolo_sos.markdown import markdown_table
@@ -30,72 +30,6 @@ PRIMARY = ("metrics/mAP50-95(B)", "metrics/accuracy_top1", "fitness")  # the fir
 ESSENTIALS = ("data", "model", "epochs", "imgsz", "batch", "optimizer")  # of the common config, shown in the Markdown
 LEVEL = 0.95
 NONE = "–"
-
-
-@dataclass(frozen=True)
-class Record:
-    """What the table needs of the record of a run.
-
-    Attributes:
-        path (Path): The file.
-        arm (str): Name of the arm.
-        seed (int): Seed of the run.
-        metrics (dict[str, dict[str, float]]): Split → metric → value; nan where the value was not finite.
-        config (dict[str, Any]): The whole config, without the seed.
-        differences (tuple[str, ...]): Keys of the config that the arm sets.
-        origin (dict[str, str]): Versions, device and commit of the run.
-        wall_time (float): Seconds of training.
-        norm2 (float | None): Squared norm of the final layers; None in records of older releases, and of models without
-            such layers.
-        shifted (bool | None): Whether a shift reached the model judged; None in records of older releases, and of arms
-            that do not shift.
-    """
-
-    path: Path
-    arm: str
-    seed: int
-    metrics: dict[str, dict[str, float]]
-    config: dict[str, Any]
-    differences: tuple[str, ...]
-    origin: dict[str, str]
-    wall_time: float
-    norm2: float | None
-    shifted: bool | None = None
-
-    @property
-    def comparable(self) -> bool:
-        """Whether the model judged is what the arm asks for."""
-        return self.shifted is not False
-
-    @classmethod
-    def read(cls, path: Path, experiment: str) -> Record:
-        """Read a record and check what the table needs of it.
-
-        Raises:
-            ValueError: If the file is not a record of a run of this experiment; names the file and the key.
-        """
-        content = read_record(path)
-        arm, seed, config, seconds = (content[key] for key in ("arm", "seed", "config", "wall_time"))
-        if content["experiment"] != experiment:
-            raise ValueError(f"{path}: 'experiment' is '{content['experiment']}', not '{experiment}'.")
-        name = record_path("", experiment, arm, seed).name
-        if path.name != name:  # a copy of a record would count twice
-            raise ValueError(f"{path}: 'arm' and 'seed' are {arm} and {seed}; the record of that run is {name}.")
-        if "val" not in content["metrics"]:
-            raise ValueError(f"{path}: 'metrics.val' is missing.")
-        for key in content["differences"]:
-            if key not in config:
-                raise ValueError(f"{path}: 'config' lacks {json.dumps(key)}, which 'differences' names.")
-        if not (math.isfinite(seconds) and seconds > 0):
-            raise ValueError(f"{path}: 'wall_time' must be a number of seconds above 0, not {seconds}.")
-        norm2, shifted = content.get("norm2"), content.get("shifted")
-        if shifted not in (True, False, None):
-            raise ValueError(f"{path}: 'shifted' must be true, false or null, not {json.dumps(shifted)}.")
-        if norm2 is not None and not (isinstance(norm2, (int, float)) and norm2 > 0):
-            raise ValueError(f"{path}: 'norm2' must be a number above 0, or null, not {json.dumps(norm2)}.")
-        metrics = {split: _numbers(values, f"{path}: 'metrics.{split}") for split, values in content["metrics"].items()}
-        origin = {**content["versions"], "device": content["device"], "commit": content["git_commit"] or "unknown"}
-        return cls(path, arm, seed, metrics, config, tuple(content["differences"]), origin, seconds, norm2, shifted)
 
 
 @dataclass(frozen=True)
@@ -202,15 +136,10 @@ class ResultTable:
             arm: {r.seed: r.metrics[split][metric] for r in of_arm if metric in r.metrics.get(split, {})}
             for arm, of_arm in self.arms.items()
         }
-        baseline = values[BASELINE]
-        differences = {
-            arm: {
-                r.seed: values[arm][r.seed] - baseline[r.seed]
-                for r in of_arm
-                if arm != BASELINE and r.comparable and r.seed in values[arm] and r.seed in baseline
-            }
-            for arm, of_arm in self.arms.items()
-        }
+        differences: dict[str, dict[int, float]] = {arm: {} for arm in self.arms}
+        for arm in differences.keys() - {BASELINE}:
+            paired = [seed for seed in self._pairs(arm) if seed in values[arm] and seed in values[BASELINE]]
+            differences[arm] = {seed: values[arm][seed] - values[BASELINE][seed] for seed in paired}
         corrected = [math.nan] * len(values)
         if metric == self.primary:
             corrected = holm([sign_flip_p(list(of_arm.values())) for of_arm in differences.values()])
@@ -219,11 +148,15 @@ class ResultTable:
             for arm, p in zip(self.arms, corrected, strict=True)
         ]
 
+    def _pairs(self, arm: str) -> dict[int, tuple[Record, Record]]:
+        """Return by seed the records of an arm and of the baseline that are compared with each other."""
+        baseline = {r.seed: r for r in self.arms[BASELINE] if r.comparable}
+        return {r.seed: (r, baseline[r.seed]) for r in self.arms[arm] if r.comparable and r.seed in baseline}
+
     def ratios(self, arm: str, key: str) -> list[float]:
-        """Return an arm's ``wall_time`` or ``norm2`` over the baseline's, over the pairs that both have it of."""
-        baseline = {r.seed: getattr(r, key) for r in self.arms[BASELINE]}
-        pairs = [(getattr(r, key), baseline.get(r.seed)) for r in self.arms[arm] if r.comparable]
-        return [of_arm / base for of_arm, base in pairs if None not in (of_arm, base)]
+        """Return an arm's ``wall_time`` or ``norm2`` over the baseline's, for the pairs of which both have it."""
+        pairs = [(getattr(one, key), getattr(base, key)) for one, base in self._pairs(arm).values()]
+        return [one / base for one, base in pairs if None not in (one, base)]
 
     def run(self) -> Path:
         """Write ``table.md``, ``table.csv``, ``table.json`` and ``table.png``, and print the Markdown.
@@ -235,8 +168,9 @@ class ResultTable:
         write_text(self.folder / "table.md", text)
         write_text(self.folder / "table.csv", self.csv())
         write_text(self.folder / "table.json", json.dumps(self.json(), indent=1, allow_nan=False) + "\n")
+        LOGGER.info(text)
         self.plot(self.folder / "table.png")
-        LOGGER.info(f"{text}\n{PREFIX}wrote {self.folder / 'table'}.md, .csv, .json and .png")
+        LOGGER.info(f"{PREFIX}wrote {self.folder / 'table'}.md, .csv, .json and .png")
         return self.folder
 
     def markdown(self) -> str:
@@ -268,8 +202,8 @@ class ResultTable:
         for record in self.records:
             if not record.comparable:
                 notes.append(
-                    f"{record.path.name}: its arm shifts, but no shift reached the model that was judged, so it is not "
-                    f"compared with the {BASELINE}."
+                    f"{record.path.name}: its arm shifts, but no shift reached the model that was judged, so it is "
+                    "left out of all comparisons."
                 )
             for split, values in record.metrics.items():
                 if math.isnan(values[self.primary]):
@@ -374,7 +308,7 @@ class ResultTable:
             ax.set_xlabel(f"Δ {_short(self.primary)} to the baseline")
             ax.locator_params(axis="x", nbins=5)
             ax.grid(axis="x", alpha=0.25)
-        axes[0][0].set_yticks(range(len(arms)), arms)
+        axes[0][0].set_yticks(range(len(arms)), arms, parse_math=False)  # a name may hold a dollar sign
         axes[0][0].set_ylim(len(arms) - 0.5, -0.5)  # from top to bottom, as in the table
         names = ["one seed", "mean", f"{LEVEL:.0%} interval"]
         fig.legend([dots, mean, interval], names, loc="outside lower center", ncols=3, fontsize=9)
@@ -389,15 +323,6 @@ def _check_equal(one: Record, other: Record, allowed: tuple[str, ...] = ()) -> N
         values = " and ".join(json.dumps(record.config.get(key)) for record in (one, other))
         may = f"what their arms set ({', '.join(dict.fromkeys(allowed))})" if allowed else "the seed"
         raise ValueError(f"{one.path} and {other.path}: '{key}' differs: {values}. They may differ in {may} alone.")
-
-
-def _numbers(values: Any, place: str) -> dict[str, float]:
-    if not isinstance(values, dict):
-        raise ValueError(f"{place}' must hold a value per metric, not {json.dumps(values)}.")
-    for name, value in values.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"{place}.{name}' must be a number or null, not {json.dumps(value)}.")
-    return {k: math.nan if v is None or not math.isfinite(v) else float(v) for k, v in values.items()}
 
 
 def _range(values: Sequence[float]) -> dict[str, float] | None:
