@@ -7,7 +7,7 @@
 Every size runs in a process of its own, so that peak memory is its own. Rows come in float32 in pieces of 8 400, an
 image of 640 px in a detector. As yardstick in the same process and in turn: the same products in one `A.T @ A` of one
 piece in float64. A second table is of rows in groups that count the same, the default: beyond some megabytes they are
-thinned, and "off by" is what that costs, ‖G − exact‖ / ‖exact‖. Results go to results/bench/gram.*.
+thinned, and "off by" is what that costs, ‖G − exact‖ / ‖exact‖. Results go to docs/bench/gram.*.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--d", type=int, default=320, help="(%(default)s)")
     parser.add_argument("--rows", type=int, nargs="+", default=[10**k for k in range(4, 8)], help="(10⁴ … 10⁷)")
     parser.add_argument("--groups", type=int, default=20, help="of the second table (%(default)s)")
-    parser.add_argument("--name", default="gram", help="of the files in results/bench (%(default)s)")
+    parser.add_argument("--name", default="gram", help="of the files in docs/bench (%(default)s)")
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)  # a worker
     args = parser.parse_args(argv)
     if args.size:

@@ -17,7 +17,7 @@ training on N, for the two models that are shifted, is
 
 with one shift in 100 epochs, as by default, or one every sos_interval epochs.
 
-Peak memory of the two stands beside it, that of one process per model. Results go to results/bench/growth.*.
+Peak memory of the two stands beside it, that of one process per model. Results go to docs/bench/growth.*.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="(%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, or the number of a GPU (%(default)s)")
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES, help="(all)")
-    parser.add_argument("--name", default="growth", help="of the files in results/bench (%(default)s)")
+    parser.add_argument("--name", default="growth", help="of the files in docs/bench (%(default)s)")
     parser.add_argument("--point", help=argparse.SUPPRESS)  # a worker
     args = parser.parse_args(argv)
     if args.point:

@@ -10,7 +10,7 @@ n = 2d. They run in turn within each repeat. Floors: one QR of the same matrix (
 `eigh` of G (d, d) for the spectral methods, and one pass over the bytes of A. Where n < d, no solver comes round a
 product like V Q Qᵀ, which a QR does not hold: "product" is that, with a Q at hand. Error: ‖A(V*−V)ᵀ‖ / ‖AVᵀ‖, 0 in
 exact arithmetic for all that keep the outputs; norm: ‖V*‖ over that of the SVD, above 1 where the solution is not the
-smallest. One thread, unless asked otherwise. Results go to results/bench/solver.*.
+smallest. One thread, unless asked otherwise. Results go to docs/bench/solver.*.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=15, help="odd; each after one that warms up (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=HEADS, help="(all)")
-    parser.add_argument("--name", default="solver", help="of the files in results/bench (%(default)s)")
+    parser.add_argument("--name", default="solver", help="of the files in docs/bench (%(default)s)")
     args = parser.parse_args(argv)
     # SciPy brings threads of its own, which idle in a loop and would slow down whoever comes next.
     os.environ["OPENBLAS_NUM_THREADS"] = str(args.threads)  # read when SciPy is loaded, at the first call

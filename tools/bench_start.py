@@ -8,7 +8,7 @@ Fresh processes in turn. "import yolo_sos" and the help are told less what an em
 first training step runs from the trainer's construction to the end of the first batch, for stock Ultralytics, for our
 trainer with sos=false and with sos=true. As starts differ by more from one to the next than 1 %, what our trainer does
 beside the host's is timed by itself too: the time within its constructor, its model's and its training's set-up less
-the time within the host's. Results go to results/bench/start.*.
+the time within the host's. Results go to docs/bench/start.*.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", default="digits.yaml", help="data YAML (%(default)s)")
     parser.add_argument("--model", default="yolov5n.yaml", help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="(%(default)s)")
-    parser.add_argument("--name", default="start", help="of the files in results/bench (%(default)s)")
+    parser.add_argument("--name", default="start", help="of the files in docs/bench (%(default)s)")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # a worker
     args = parser.parse_args(argv)
 

@@ -11,7 +11,7 @@ shift included, validation not: it would only dilute the cost. Batches are loade
 (workers=0), as a loader that works ahead would do so in the turn of another.
 
 SOS's share is told twice: as the ratio of the arms' seconds, and as the seconds of the shifts over those of the other
-epochs of the same arm, which is far less noisy. Results go to results/bench/.
+epochs of the same arm, which is far less noisy. Results go to docs/bench/.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, or the number of a GPU (%(default)s)")
     parser.add_argument("--amp", action="store_true", help="mixed precision, on a GPU")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(all); stock and sos are needed")
-    parser.add_argument("--name", default="train", help="of the files in results/bench (%(default)s)")
+    parser.add_argument("--name", default="train", help="of the files in docs/bench (%(default)s)")
     parser.add_argument("--arm", help=argparse.SUPPRESS)  # a worker
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""The experiments that come along: every file resolves, and holds what it changes and nothing else."""
+"""The experiments of yolo-sos: every file resolves, holds what it changes and nothing else, and can be run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ultralytics.utils import YAML
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from yolo_sos.arguments import read_cfg
-from yolo_sos.config import CFG_DIR, SOSConfig, resolve_data, resolve_model
+from yolo_sos.builtin import CFG_DIR, resolve_data, resolve_model
+from yolo_sos.config import SOSConfig
 from yolo_sos.experiment.arms import DEFAULT, find_experiment, read_arms
 
 FOLDER = CFG_DIR / "experiments"
@@ -49,13 +50,15 @@ def test_an_experiment_resolves(name):
     arms = read_arms(EXPERIMENTS[name].parent)
     assert next(iter(arms)) == "baseline" and len(arms) > 1
     assert not arms["baseline"].config["sos"]
-    configs = [arm.config for arm in arms.values()]  # read by the host's get_cfg and by SOSConfig
+    configs = [arm.config for arm in arms.values()]  # read by Ultralytics' get_cfg and by SOSConfig
     assert all(config not in configs[:i] for i, config in enumerate(configs))
     for config in configs:
         data, model = str(resolve_data(config["data"])), str(resolve_model(config["model"]))
         assert Path(data).is_file() or (data in {"cifar10", "cifar100"} and config["task"] == "classify")
         assert model.endswith(".pt") or yaml_model_load(model)
         assert config["optimizer"] != "auto"
+        if model.endswith(".pt"):  # one that Ultralytics downloads; it adds the u of YOLOv5u itself
+            assert {model, model.replace(".pt", "u.pt")} & GITHUB_ASSETS_NAMES
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -66,7 +69,7 @@ def test_an_arm_holds_only_what_it_changes(name):
         if path.name == DEFAULT:
             continue
         content = YAML.load(path)
-        base = content.pop("cfg")
+        base = content.pop("cfg", DEFAULT)
         below = {**shared, **({} if base == DEFAULT else read_cfg(path.parent / base, default))}
         assert content and all(key not in below or below[key] != value for key, value in content.items()), path
         assert {"model", "data", "epochs", "seed"}.isdisjoint(content), path

@@ -2,9 +2,9 @@
 # yolo-sos, AGPL-3.0
 """Beyond the norm of the outputs: shifts of a trained detector that keep its loss, or lower its curvature.
 
-    python tools/study_beyond.py --weights runs/bccd/weights/best.pt --data bccd.yaml
+    python studies/beyond/beyond.py --weights runs/bccd/weights/best.pt --data bccd.yaml
 
-writes results/study/beyond-<data>.json and prints its tables. Three questions.
+writes studies/beyond/beyond-<data>.json and prints its tables. Three questions.
 
 **Whose outputs matter, by the loss?** With ``h_ik`` the loss's sensitivity to output k of row i, output k has a second
 moment of its own, ``G_k = Σᵢ h_ik aᵢᵀaᵢ``: squared slopes ``(∂L/∂z_ik)²`` (empirical Fisher) or the diagonal of ∂²L/∂z²
@@ -528,7 +528,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8, help="images for Jacobians, and others for traces")
     parser.add_argument("--probes", type=int, default=16, help="probes of the traces, of the first seed")
     parser.add_argument("--name", help="of the record; that of the data set if not given")
-    parser.add_argument("--out", type=Path, default=Path("results/study"), help="where the record goes")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the record goes")
     args = parser.parse_args()
     name = args.name or (Path(args.data).stem if Path(args.data).stem != "data" else Path(args.data).parent.name)
     first = {"start": [start(args, seed) for seed in args.seeds]} if args.pretrained else {}

@@ -25,7 +25,7 @@ from yolo_sos.experiment.grid import Experiment
 from yolo_sos.experiment.record import read_record, record_path
 from yolo_sos.heads import final_layers
 
-TOOL = Path(__file__).parents[2] / "tools/study_robustness.py"
+TOOL = Path(__file__).parents[2] / "studies/robustness/robustness.py"
 pytestmark = pytest.mark.skipif(not TOOL.is_file(), reason="no checkout")
 
 
@@ -241,10 +241,13 @@ def test_it_writes_its_files(tool, experiment, workplace, capsys, monkeypatch):
     monkeypatch.setattr(tool, "SEVERITIES", (1,))
     monkeypatch.setattr(tool, "BITS", (16,))
     given = ["little", "--split", "val", "--arms", "shift", "--draws", "2", "--images", "4", "--device", "cpu"]
+    given += ["--out", "study"]
     tool.main(given)
-    stem = workplace / "results/study/robustness-little"
+    stem = workplace / "study/robustness-little"
     text = stem.with_suffix(".md").read_text()
-    assert "python tools/study_robustness.py little --arms baseline,shift --split val --draws 2 --images 4" in text
+    assert (
+        "python studies/robustness/robustness.py little --arms baseline,shift --split val --draws 2 --images 4" in text
+    )
     assert text.rstrip() in capsys.readouterr().out
     record = json.loads(stem.with_suffix(".json").read_text())
     names = ["clean", "head, 16 bits", "weight noise 2%", "weight noise 5%"]

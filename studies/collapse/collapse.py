@@ -7,9 +7,9 @@ spectral methods, at n = C, 3C and 10C. Test accuracy, test loss and expected ca
 the unshifted model, all of them with and without temperature scaling: a gain in calibration that one scalar gives as
 well is not the shift's. Then the same seeds are trained with SOS from the middle of the epochs on.
 
-    python tools/study_collapse.py --data /usr/share/datasets/fashion-mnist   # Debian: dataset-fashion-mnist
+    python studies/collapse/collapse.py --data /usr/share/datasets/fashion-mnist   # Debian: dataset-fashion-mnist
 
-It takes half an hour on a free CPU core, and writes results/collapse/collapse.{md,csv,json,png}; text of collapse.md
+It takes half an hour on a free CPU core, and writes studies/collapse/collapse.{md,csv,json,png}; text of collapse.md
 outside the two marker lines stays.
 """
 
@@ -45,7 +45,7 @@ from yolo_sos.markdown import markdown_table, mean_std
 C = 10
 MEAN, STD = 0.2860, 0.3530  # of Fashion-MNIST's training pixels, 0 to 1
 BINS = 15
-MARKERS = "<!-- tables: written by tools/study_collapse.py -->", "<!-- end of tables -->"
+MARKERS = "<!-- tables: written by studies/collapse/collapse.py -->", "<!-- end of tables -->"
 
 
 @dataclass(frozen=True)
@@ -491,7 +491,7 @@ def main() -> None:
     """Run the study with the options given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--data", default=Config.data, help="folder with the IDX files of Fashion-MNIST")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results/collapse")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--seeds", type=int, default=len(Config.seeds), help="number of seeds, counted from 0")
     parser.add_argument("--tables", action="store_true", help="only write tables and picture anew, from collapse.json")
     args = parser.parse_args()

@@ -4,9 +4,9 @@
 
 Every arm × seed of an experiment of detectors, with the settings of its record, in the place where it was trained:
 
-    python tools/study_robustness.py bccd --runs runs/experiments --split test --arms baseline,principal,rows,end
+    python studies/robustness/robustness.py bccd --runs runs/experiments --split test --arms baseline,principal,rows,end
 
-mAP50-95 by the host's own validation
+mAP50-95 by Ultralytics' own validation
 
 - of the model as it is ("clean");
 - with the head's final layers in 8, 6 and 4 bits: weights per output channel, symmetric, their inputs per tensor, by
@@ -21,7 +21,7 @@ And the expected calibration error of detections: confidence against precision a
 (Küppers et al., CVPR workshops 2020; confidence only), as they come and after temperature scaling of the class logits
 with one temperature that minimises the loss on val. NMS goes by the order of confidences, which it does not change.
 
-It writes robustness-<experiment>.md, .csv and .json to results/study: mean ± std over seeds, and the differences to the
+It writes robustness-<experiment>.md, .csv and .json to this folder: mean ± std over seeds, and the differences to the
 baseline of the same seed with 95 % interval and exact sign-flip p. All draws take --seed, the same for every model.
 """
 
@@ -57,12 +57,13 @@ from yolo_sos.core.layers import write_weight
 from yolo_sos.evaluate import Detections, GroundTruth, voc_ap
 from yolo_sos.evaluate.detections import detect, read_data_set
 from yolo_sos.experiment.judge import quiet
-from yolo_sos.experiment.record import git_commit, versions
+from yolo_sos.experiment.record import Record
 from yolo_sos.experiment.statistics import least_p
-from yolo_sos.experiment.table import BASELINE, Record, ResultTable, Row
+from yolo_sos.experiment.table import BASELINE, ResultTable, Row
 from yolo_sos.files import finite, write_text
 from yolo_sos.heads import final_layers
 from yolo_sos.markdown import markdown_table
+from yolo_sos.versions import git_commit, versions
 
 METRIC = "metrics/mAP50-95(B)"
 BITS = (8, 6, 4)
@@ -124,7 +125,7 @@ def add_noise(model: nn.Module, sigma: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and ".dfl." not in name:  # the host's DFL is a constant, not a weight
+            if parameter.ndim > 1 and ".dfl." not in name:  # Ultralytics' DFL is a constant, not a weight
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                 parameter += sigma * parameter.square().mean().sqrt() * noise
 
@@ -162,7 +163,7 @@ def corrupted(image: np.ndarray, rng: np.random.Generator, corruption: Corruptio
 
 
 class Validator(DetectionValidator):
-    """The host's validator, with corrupted images if there is a ``corruption``. Its grey borders stay as they are."""
+    """Ultralytics' validator, with corrupted images if there is a ``corruption``. Its grey borders stay as they are."""
 
     corruption: Corruption | None = None
     seed = 0
@@ -262,7 +263,7 @@ def score(model: nn.Module, args: dict[str, Any], condition: Condition, seed: in
     if condition.alter:
         model = deepcopy(model)
         condition.alter(model)
-    with quiet(), TemporaryDirectory() as folder:  # the host makes one for plots, which are not made
+    with quiet(), TemporaryDirectory() as folder:  # Ultralytics makes one for plots, which are not made
         validator = Validator(args=args, save_dir=Path(folder))
         validator.corruption, validator.seed = condition.corruption, seed
         return float(validator(model=model)[METRIC])
@@ -434,11 +435,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default=Settings.split, choices=("val", "test"), help="what to judge on")
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="where the trainings are")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where the records are")
-    parser.add_argument("--out", type=Path, help="where the files go; RESULTS/study if not given")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the files go")
     parser.add_argument("--draws", type=int, default=Settings.draws, help="draws of the weights' noise")
     parser.add_argument("--images", type=int, default=Settings.images, help="training images for the inputs' ranges")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="of noise, corruptions and choice of images")
-    parser.add_argument("--device", default=Settings.device, help="as the host takes it")
+    parser.add_argument("--device", default=Settings.device, help="as Ultralytics takes it")
     args = parser.parse_args(argv)
     for name in "draws", "images":
         if getattr(args, name) < 1:
@@ -447,7 +448,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     models = find_models(args.experiment, args.runs, args.results, args.arms.split(","))
     given = [f"--arms {','.join(models)} --split {args.split}"]
     given += [f"--{k} {v}" for k, v in asdict(settings).items() if k != "split" and v != getattr(Settings, k)]
-    command = f"python tools/study_robustness.py {args.experiment} {' '.join(given)}"
+    command = f"python studies/robustness/robustness.py {args.experiment} {' '.join(given)}"
 
     figures: Figures = {arm: {} for arm in models}
     begun = time.perf_counter()
@@ -462,8 +463,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f"{path}: mAP50-95 is {clean:.4f}, but {record.path} says {told:.4f}; is it that run's?"
                 )
             print(f"{arm}-{record.seed}: clean {clean:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
-    out = args.out or args.results / "study"
-    print(write(out, args.experiment, command, settings, figures, time.perf_counter() - begun))
+    print(write(args.out, args.experiment, command, settings, figures, time.perf_counter() - begun))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-TOOL = Path(__file__).parents[2] / "tools/study_collapse.py"
+TOOL = Path(__file__).parents[2] / "studies/collapse/collapse.py"
 
 
 @pytest.fixture(scope="module")

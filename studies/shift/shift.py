@@ -4,9 +4,9 @@
 
 Every method at several ranks or budgets, with every weighting; drawn rows as mean ± std of ten draws:
 
-    python tools/study_shift.py runs/bccd/weights/best.pt=bccd.yaml runs/digits/weights/best.pt=digits.yaml
+    python studies/shift/shift.py runs/bccd/weights/best.pt=bccd.yaml runs/digits/weights/best.pt=digits.yaml
 
-writes results/shift/shift.csv, a line per model, method, setting, weighting and draw, and results/shift/shift.md, a
+writes studies/shift/shift.csv, a line per model, method, setting, weighting and draw, and studies/shift/shift.md, a
 table per model. All points of a model come from one pass over its images and one validation per split; 200 points of a
 YOLOv5n take four minutes on one CPU core.
 """
@@ -17,11 +17,11 @@ import argparse
 import csv
 import io
 import platform
+import shlex
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-
-from bench_common import command
 
 from yolo_sos import __version__
 from yolo_sos.checkpoint import Point, Workbench
@@ -77,7 +77,7 @@ def main() -> None:
     """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", nargs="+", metavar="MODEL=DATA", help="a checkpoint and its data set")
-    parser.add_argument("--out", type=Path, default=Path("results/shift"), help="where shift.csv and shift.md go")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where shift.csv and shift.md go")
     parser.add_argument("--draws", type=int, default=10, help="drawings of rows at each rank")
     parser.add_argument("--images", type=int, help="training images to fit on; all if not given")
     parser.add_argument("--seed", type=int, default=0, help="chooses the images and the first drawing")
@@ -85,10 +85,10 @@ def main() -> None:
     versions = f"yolo_sos {__version__}, ultralytics {version('ultralytics')}, torch {version('torch')}"
     text = [
         "# Shifting trained checkpoints",
-        "Written by tools/study_shift.py. Full steps, no guard, final weights rounded to half precision. Metrics of "
+        "Written by studies/shift/shift.py. Full steps, no guard, final weights rounded to half precision. Metrics of "
         "shifted models are changes against the baseline; ± is the standard deviation over draws.",
         f"{versions}, Python {platform.python_version()}, {platform.machine()}. Made by",
-        f"    {command()}",
+        f"    {shlex.join(['python', 'studies/shift/shift.py', *sys.argv[1:]])}",
     ]
     rows = []
     for pair in args.pairs:
