@@ -11,15 +11,21 @@ from typing import Any
 
 from ultralytics.utils import LOGGER, YAML, colorstr, plt_settings
 
-from yolo_sos.analyze.collapse import NAMES
+from yolo_sos.analyze.collapse import MEASURES
 from yolo_sos.analyze.figures import TITLES, save
-from yolo_sos.analyze.material import labels
-from yolo_sos.analyze.report import Section, digits, write_report
-from yolo_sos.analyze.settings import save_dir, versions
-from yolo_sos.analyze.watch import columns
+from yolo_sos.analyze.report import Section, digits, labels, save_dir, write_report
+from yolo_sos.core.checks import boolean
+from yolo_sos.versions import versions
 
+# Without "loss" and "metric" in their names: Ultralytics plots columns that have them into results.png.
+COLUMNS = ("trace", "trace_stderr", "gauss_newton", "gauss_newton_stderr", *MEASURES)
 PANELS = {"trace": "Hessian trace before the final layers", "gauss_newton": "Gauss-Newton trace", **TITLES}
 Curve = list[dict[str, float]]  # one dictionary per epoch that was analyzed: ``epoch`` and the columns without "sos/"
+
+
+def columns(measured: dict[str, float] | None = None) -> dict[str, float]:
+    """Return the ``sos/*`` columns of an epoch; nan where nothing was measured."""
+    return {f"sos/{name}": (measured or {}).get(name, math.nan) for name in COLUMNS}
 
 
 def read_curve(run: str | Path) -> Curve:
@@ -37,13 +43,17 @@ def read_curve(run: str | Path) -> Curve:
         raise FileNotFoundError(f"runs={run}: there is no results.csv.")
     with open(path, encoding="utf-8", newline="") as f:
         rows = [{str(k).strip(): v for k, v in row.items()} for row in csv.DictReader(f)]
-    keys = list(columns())
-    if rows and not all(key in rows[0] for key in keys):
-        raise ValueError(f"runs={run} was not analyzed while it trained: train with sos_analyze=10, say.")
-    curve = [{"epoch": float(row["epoch"]), **{k.removeprefix("sos/"): float(row[k]) for k in keys}} for row in rows]
+    if rows and not all(key in rows[0] for key in columns()):
+        raise ValueError(
+            f"runs={run} was not analyzed while it trained. Train with sos_analyze, such as sos_analyze=10."
+        )
+    try:
+        curve = [{"epoch": float(row["epoch"]), **{k: float(row[f"sos/{k}"]) for k in COLUMNS}} for row in rows]
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{path}: a line holds something else than numbers: {e}.") from e
     curve = [point for point in curve if math.isfinite(point["trace"])]
     if not curve:
-        raise ValueError(f"runs={run} holds no measurement yet: it stopped before its first one.")
+        raise ValueError(f"runs={run} has no measurement: it stopped before its first one.")
     return curve
 
 
@@ -85,9 +95,9 @@ class Curves:
 
     Args:
         runs (str | Path | Sequence[str | Path]): Folders of runs; a string may hold several with commas between them.
-        project (str, optional): As the host has it.
-        name (str, optional): As the host has it.
-        exist_ok (bool): Whether an existing folder may be written into.
+        project (str, optional): Folder of the result's folder, as in Ultralytics.
+        name (str, optional): Name of the result's folder.
+        exist_ok (bool): Whether that folder may exist.
     """
 
     def __init__(
@@ -107,7 +117,7 @@ class Curves:
         self.settings = [
             YAML.load(folder / "sos.yaml") if (folder / "sos.yaml").is_file() else {} for folder in folders
         ]
-        self.folder = save_dir("", project, name, exist_ok)
+        self.folder = save_dir("", project, name, boolean("exist_ok", exist_ok))
 
     def run(self) -> dict[str, Any]:
         """Write ``analysis.json``, ``curves.png`` and ``report.html``.
@@ -127,7 +137,7 @@ class Curves:
         text = [
             "What the runs measured of their averaged weights while they trained, on the same few training images at "
             "every epoch, without augmentation: traces per image with their standard errors over probes, and neural "
-            "collapse, the mean over detection scales. Runs with one seed and data set see the same images and probes; "
+            "collapse, the mean over detection levels. Runs with one seed and data set see the same images and probes; "
             "what another seed would have changed is not in the standard errors."
         ]
         for name, curve in self.curves.items():
@@ -139,7 +149,7 @@ class Curves:
             )
         rows = [
             [key, *(digits(curve[-1][key], 4) for curve in self.curves.values())]
-            for key in ("epoch", "trace", "trace_stderr", "gauss_newton", "gauss_newton_stderr", *NAMES)
+            for key in ("epoch", "trace", "trace_stderr", "gauss_newton", "gauss_newton_stderr", *MEASURES)
         ]
         write_report(
             self.folder, result, [Section("While training", text, path, ["last measurement", *self.curves], rows)]
