@@ -14,7 +14,6 @@ import torch
 import yaml
 from PIL import Image
 
-from yolo_sos import cli
 from yolo_sos.analyze import Comparison, Curves, analyze_checkpoints, comparison, figures, hessian, spectrum
 from yolo_sos.analyze.curves import columns
 from yolo_sos.analyze.report import digits, number, plain
@@ -55,15 +54,11 @@ def pair(checkpoint, tiny):
     return first, first.with_name("best-sos.pt")
 
 
-def test_a_comparison_from_the_command_line(pair, digits, tmp_path):
+def test_a_comparison(pair, digits, tmp_path):
     first, second = pair
     folder = tmp_path / "out/one"
-    cli.main(
-        [
-            *("analyze", f"model={first},{second}", f"data={digits}", "probes=3", "images=2", "batch=2"),
-            *("device=cpu", "fraction=0.5", f"project={tmp_path / 'out'}", "name=one", "seed=1"),
-        ]
-    )
+    options = {"probes": 3, "images": 2, "batch": 2, "fraction": 0.5, "seed": 1, "device": "cpu"}
+    analyze_checkpoints(f"{first},{second}", digits, **options, project=str(tmp_path / "out"), name="one")
     names = {p.name for p in folder.iterdir()}
     assert names == {"analysis.json", "report.html", "trace.png", "collapse.png", "landscape.png"} | {
         f"spectrum-{i}.png" for i in (1, 2)
@@ -193,6 +188,19 @@ def test_what_does_not_fit_is_refused_before_the_first_image(pair, checkpoint, t
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
         Comparison(tmp_path / "nowhere.pt")
     assert not (tmp_path / "no").exists()
+
+
+def test_the_command(pair, tmp_path, capsys):
+    from yolo_sos import cli
+
+    first, _ = pair
+    cli.main(
+        [
+            *("analyze", f"model={first}", "probes=2", "images=1", "fraction=0.2", "scope=final", "landscape=false"),
+            *("device=cpu", f"project={tmp_path}", "name=command"),
+        ]
+    )
+    assert json.loads((tmp_path / "command/analysis.json").read_text())["config"]["scope"] == "final"
     for command, says in [
         (["analyze"], "analyze needs checkpoints"),
         (["analyze", "probe=3"], "Did you mean 'probes'?"),
@@ -243,7 +251,7 @@ def write_run(folder, shift, epochs=6, every=2):
 def test_curves_of_two_runs(tmp_path):
     write_run(tmp_path / "plain", 1.0)
     write_run(tmp_path / "sos", 2.0)
-    cli.main(["analyze", f"runs={tmp_path / 'plain'},{tmp_path / 'sos'}", f"project={tmp_path}", "name=curves"])
+    Curves(f"{tmp_path / 'plain'},{tmp_path / 'sos'}", project=str(tmp_path), name="curves").run()
     found = json.loads((tmp_path / "curves/analysis.json").read_text())
     assert [r["name"] for r in found["runs"]] == ["plain", "sos"]
     assert [p["epoch"] for p in found["runs"][1]["curve"]] == [2, 4, 6]
@@ -255,8 +263,15 @@ def test_curves_of_two_runs(tmp_path):
     with pytest.raises(ValueError, match=r"stock was not analyzed while it trained"):
         Curves([tmp_path / "stock"])
     write_run(tmp_path / "short", 1.0, epochs=1)
-    with pytest.raises(ValueError, match=r"short holds no measurement yet"):
+    with pytest.raises(ValueError, match=r"short has no measurement"):
         Curves(tmp_path / "short")
+    with pytest.raises(ValueError, match=r"plain is given twice"):
+        Curves([tmp_path / "plain", tmp_path / "plain"])
+    (tmp_path / "broken").mkdir()
+    lines = (tmp_path / "plain/results.csv").read_text().splitlines()
+    (tmp_path / "broken/results.csv").write_text("\n".join([*lines, "7,1,oops"]))
+    with pytest.raises(ValueError, match=r"broken.results\.csv: a line holds something else than numbers"):
+        Curves(tmp_path / "broken")
 
 
 def test_numbers_for_tables_and_json():
