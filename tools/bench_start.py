@@ -6,10 +6,9 @@
 
 Fresh processes in turn. From the times of "import yolo_sos" and of the help, that of an empty interpreter is
 subtracted. The way to the first training step runs from the trainer's construction to the end of the first batch, for
-stock Ultralytics, for our
-trainer with sos=false and with sos=true. As starts differ by more from one to the next than 1 %, what our trainer does
-beside Ultralytics' is timed by itself too: the time within its constructor, its model's and its training's set-up less
-the time within Ultralytics'. Results go to results/bench/start.*.
+stock Ultralytics, for our trainer with sos=false and with sos=true. As starts differ by more than 1 % from one to the
+next, what our trainer does beside Ultralytics' is timed by itself too: the time within its constructor, its model's and
+its training's set-up less the time within Ultralytics'. Results go to results/bench/start.*.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 
 import pytest
@@ -200,11 +201,13 @@ def test_probes_are_shared_and_differences_paired(small):
     other = Subject("other", nn.Sequential(*subject.model), subject.task, subject.layers)
     a, b = traces([subject, other], batches, probes=12, seed=3)
     assert a == b
-    assert all(e.estimate == 0 and not e.resolved for e in (b["before"] - a["before"]).estimates().values())
+    assert all(
+        e.estimate == 0 and not e.resolved for e in b["before"].combined(operator.sub, a["before"]).estimates().values()
+    )
     again = traces([subject], batches, ["final"], probes=12, seed=3)[0]
     assert again["final"] == a["final"]  # whatever else was sampled
     assert traces([subject], batches, ["final"], probes=12, seed=4)[0] != again
-    both = (a["before"] + a["final"]).estimates()["hessian"].estimate
+    both = a["before"].combined(operator.add, a["final"]).estimates()["hessian"].estimate
     assert both == pytest.approx(sum(a[k].estimates()["hessian"].estimate for k in BLOCKS))
 
 
@@ -217,7 +220,7 @@ def test_a_close_model_is_told_apart_by_pairing(small):
         near[5].weight *= 1.02
     b = Subject("near", near, subject.task, [FinalLayer("5", near[5])])
     one, two = (found["before"] for found in traces([subject, b], batches, ["before"], probes=24))
-    change = (two - one).estimates()["gauss_newton"]
+    change = two.combined(operator.sub, one).estimates()["gauss_newton"]
     unpaired = (one.estimates()["gauss_newton"].stderr ** 2 + two.estimates()["gauss_newton"].stderr ** 2) ** 0.5
     assert change.resolved and change.stderr < unpaired / 5
 

@@ -260,7 +260,7 @@ def test_curves_of_two_runs(tmp_path):
     assert "sos: from epoch 2 to 6 the trace went from 1.000" in html and html.count("<img") == 1
     (tmp_path / "stock").mkdir()
     (tmp_path / "stock/results.csv").write_text("epoch,time\n1,2\n")
-    with pytest.raises(ValueError, match=r"stock was not analyzed while it trained"):
+    with pytest.raises(ValueError, match=r"stock.results\.csv: the run was not analyzed while it trained"):
         Curves([tmp_path / "stock"])
     write_run(tmp_path / "short", 1.0, epochs=1)
     with pytest.raises(ValueError, match=r"short has no measurement"):

@@ -238,14 +238,9 @@ def assignments(criterion: Any) -> Iterator[list[Tensor]]:
 
 
 def collect(collapses: Sequence[Collapse], task: Task, output: Any, inputs: dict[str, Tensor], batch: Any) -> None:
-    """Add a batch to the collapse of each class layer.
+    """Add a batch with its ``output`` and the ``inputs`` of its layers to the collapse of each class layer, in order.
 
-    Args:
-        collapses (Sequence[Collapse]): One per class layer, in the order of ``final_layers``.
-        task (Task): The task; a detector's criterion is run to see its assigners decide.
-        output (Any): What the task's ``run`` returned.
-        inputs (dict[str, Tensor]): Layer name → its input.
-        batch (Any): The batch.
+    A detector's criterion is run for the decisions of its assigners.
     """
     rows = [input_rows(c.layer.module, inputs[c.layer.name]) for c in collapses]
     if collapses[0].layer.kind == "linear":

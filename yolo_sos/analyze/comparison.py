@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -211,7 +212,7 @@ def differences(names: Sequence[str], sampled: Sequence[dict[str, Trace]]) -> li
                     "resolved": change.resolved,
                     "unpaired": math.hypot(ours[key].stderr, theirs[key].stderr),
                 }
-                for key, change in (trace - first[block]).estimates().items()
+                for key, change in trace.combined(operator.sub, first[block]).estimates().items()
             }
         found.append({"model": name, "against": names[0], "trace": blocks})
     return found
@@ -219,7 +220,9 @@ def differences(names: Sequence[str], sampled: Sequence[dict[str, Trace]]) -> li
 
 def _with_all(blocks: dict[str, Trace]) -> dict[str, Trace]:
     """Return the traces by block, and where there are two blocks that of all parameters."""
-    return {**blocks, "all": blocks["before"] + blocks["final"]} if len(blocks) > 1 else blocks
+    if len(blocks) < 2:
+        return blocks
+    return {**blocks, "all": blocks["before"].combined(operator.add, blocks["final"])}
 
 
 def _plain(estimates: dict[str, Estimate]) -> dict[str, dict[str, Any]]:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ultralytics.utils import LOGGER, YAML, colorstr, plt_settings
+from ultralytics.utils import LOGGER, YAML, colorstr
 
 from yolo_sos.analyze.collapse import MEASURES
-from yolo_sos.analyze.figures import TITLES, save
+from yolo_sos.analyze.figures import TITLES, save, subplots
 from yolo_sos.analyze.report import Section, digits, labels, save_dir, write_report
 from yolo_sos.core.checks import boolean
 from yolo_sos.versions import versions
@@ -41,53 +41,44 @@ def read_curve(run: str | Path) -> Curve:
     path = Path(run) / "results.csv" if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise FileNotFoundError(f"runs={run}: there is no results.csv.")
-    with open(path, encoding="utf-8", newline="") as f:
-        rows = [{str(k).strip(): v for k, v in row.items()} for row in csv.DictReader(f)]
-    if rows and not all(key in rows[0] for key in columns()):
-        raise ValueError(
-            f"runs={run} was not analyzed while it trained. Train with sos_analyze, such as sos_analyze=10."
-        )
-    try:
-        curve = [{"epoch": float(row["epoch"]), **{k: float(row[f"sos/{k}"]) for k in COLUMNS}} for row in rows]
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"{path}: a line holds something else than numbers: {e}.") from e
-    curve = [point for point in curve if math.isfinite(point["trace"])]
-    if not curve:
+    if not (curve := _measured(path)):
         raise ValueError(f"runs={run} has no measurement: it stopped before its first one.")
     return curve
 
 
-@plt_settings()
-def draw(curves: dict[str, Curve], path: Path, on_plot: Callable[[Path], None] | None = None) -> Path:
-    """Draw the curves of runs, a panel per measure."""
-    import matplotlib.pyplot as plt
+def _measured(path: Path) -> Curve:
+    with open(path, encoding="utf-8", newline="") as f:
+        rows = [{str(k).strip(): v for k, v in row.items()} for row in csv.DictReader(f)]
+    if rows and not rows[0].keys() >= columns().keys():
+        raise ValueError(f"{path}: the run was not analyzed while it trained. Train with sos_analyze=10, for example.")
+    try:
+        curve = [{"epoch": float(row["epoch"]), **{k: float(row[f"sos/{k}"]) for k in COLUMNS}} for row in rows]
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{path}: a line holds something else than numbers: {e}.") from e
+    return [point for point in curve if math.isfinite(point["trace"])]
 
-    fig, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
+
+def draw(curves: dict[str, Curve], path: Path) -> Path:
+    """Draw the curves of runs, a panel per measure."""
+    fig, axes = subplots(2, 4, 4, 3.5)
     for ax, (key, title) in zip(axes.flat, PANELS.items(), strict=False):
         for i, (name, curve) in enumerate(curves.items()):
             epochs, values = [p["epoch"] for p in curve], [p[key] for p in curve]
-            errors = [p.get(f"{key}_stderr", math.nan) for p in curve]
-            style = {"fmt": "o-", "color": f"C{i}", "markersize": 4, "label": name}
-            ax.errorbar(epochs, values, errors if key in {"trace", "gauss_newton"} else None, capsize=3, **style)
+            errors = [p[f"{key}_stderr"] for p in curve] if f"{key}_stderr" in COLUMNS else None
+            ax.errorbar(epochs, values, errors, fmt="o-", color=f"C{i}", markersize=4, capsize=3, label=name)
         if key == "nc1":
             ax.set_yscale("log")  # falls by orders of magnitude
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("epoch")
     axes.flat[0].legend(fontsize=8)
     axes.flat[-1].set_axis_off()
-    saved = save(fig, path)
-    if on_plot:
-        on_plot(saved)
-    return saved
+    return save(fig, path)
 
 
-def plot(results: Path, path: Path, on_plot: Callable[[Path], None] | None = None) -> None:
+def plot(results: Path, path: Path, on_plot: Callable[[Path], None]) -> None:
     """Draw the curve of one run from its results.csv, unless it ended before its first measurement."""
-    try:
-        curve = read_curve(results)
-    except ValueError:
-        return
-    draw({results.parent.name: curve}, path, on_plot)
+    if curve := _measured(results):
+        on_plot(draw({results.parent.name: curve}, path))
 
 
 class Curves:
@@ -147,10 +138,7 @@ class Curves:
                 f"{digits(first['trace'], 4)} ± {digits(first['trace_stderr'], 2)} to {digits(last['trace'], 4)} ± "
                 f"{digits(last['trace_stderr'], 2)}, NC1 from {digits(first['nc1'], 3)} to {digits(last['nc1'], 3)}."
             )
-        rows = [
-            [key, *(digits(curve[-1][key], 4) for curve in self.curves.values())]
-            for key in ("epoch", "trace", "trace_stderr", "gauss_newton", "gauss_newton_stderr", *MEASURES)
-        ]
+        rows = [[key, *(digits(curve[-1][key], 4) for curve in self.curves.values())] for key in ("epoch", *COLUMNS)]
         write_report(
             self.folder, result, [Section("While training", text, path, ["last measurement", *self.curves], rows)]
         )

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ultralytics.utils import plt_settings
-
 from yolo_sos.analyze.collapse import MEASURES
 from yolo_sos.analyze.estimate import RESOLVED
 from yolo_sos.analyze.report import Section, digits, number
@@ -28,9 +26,16 @@ TITLES = {
 }
 
 
+def subplots(lines: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """Return a figure of panels of a size in inches, and their axes ``(lines, columns)``."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
+    return figure, figure.subplots(lines, columns, squeeze=False)
+
+
 def save(figure: Any, path: Path) -> Path:
-    """Write a figure and close it; in 64 colours, which makes a report that holds it a third of the size."""
-    import matplotlib.pyplot as plt
+    """Write a figure in 64 colours, which makes a report that holds it a third of the size."""
     from PIL import Image
 
     with atomic_path(path) as temporary:
@@ -38,7 +43,6 @@ def save(figure: Any, path: Path) -> Path:
         with Image.open(temporary) as image:
             small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
         small.save(temporary, optimize=True)
-    plt.close(figure)
     return path
 
 
@@ -56,23 +60,20 @@ def _header(result: dict[str, Any]) -> list[str]:
 
 
 # Curvature ------------------------------------------------------------------------------------------------------------
-@plt_settings()
 def trace_figure(result: dict[str, Any], folder: Path) -> Section:
     """Draw the traces of all models by block of parameters, and their paired differences from the first model."""
-    import matplotlib.pyplot as plt
-
     models, changes = result["models"], result["differences"]
     blocks = list(models[0]["trace"])
     panels = len(blocks) + bool(changes)
-    fig, grid = plt.subplots(1, panels, figsize=(4.3 * panels, 4.2), squeeze=False, layout="constrained")
-    for ax, block in zip(grid[0], blocks, strict=False):
+    fig, (axes,) = subplots(1, panels, 4.3, 4.2)
+    for ax, block in zip(axes, blocks, strict=False):
         _bars(ax, models, [[model["trace"][block][key] for key in WHAT] for model in models])
         ax.set_xticks(range(len(WHAT)), WHAT.values())
         ax.axhline(0, color="black", linewidth=0.6)
         ax.set_title(f"trace, {WHERE[block]}", fontsize=10)
-    grid[0][0].legend(fontsize=8)
+    axes[0].legend(fontsize=8)
     if changes:
-        _draw_differences(grid[0][-1], models[0], changes, blocks)
+        _draw_differences(axes[-1], models[0], changes, blocks)
     path = save(fig, folder / "trace.png")
     text = [
         "The trace of the Hessian of the loss per image, and of its Gauss-Newton part, with standard errors over "
@@ -131,11 +132,8 @@ def sentence(change: dict[str, Any], block: str, key: str) -> str:
 
 
 # Neural collapse ------------------------------------------------------------------------------------------------------
-@plt_settings()
 def collapse_figure(result: dict[str, Any], folder: Path) -> Section:
     """Draw NC1 to NC4 of all models, by layer."""
-    import matplotlib.pyplot as plt
-
     models = result["models"]
     layers = [_place(c) for c in models[0]["collapse"]]
     if not layers:
@@ -143,7 +141,7 @@ def collapse_figure(result: dict[str, Any], folder: Path) -> Section:
             "Neural collapse",
             ["The data set has one class: there are no class means to compare, and NC1 to NC4 are not defined."],
         )
-    fig, axes = plt.subplots(1, len(MEASURES), figsize=(3.1 * len(MEASURES), 3.4), layout="constrained")
+    fig, (axes,) = subplots(1, len(MEASURES), 3.1, 3.4)
     for ax, name in zip(axes, MEASURES, strict=True):
         _bars(ax, models, [[c[name] for c in model["collapse"]] for model in models])
         ax.set_xticks(range(len(layers)), layers, fontsize=8)
@@ -184,15 +182,12 @@ def _place(collapse: dict[str, Any]) -> str:
 
 
 # Spectrum -------------------------------------------------------------------------------------------------------------
-@plt_settings()
 def spectrum_figure(model: dict[str, Any], folder: Path, index: int = 0) -> Section:
     """Draw the spectrum of each final layer's inputs against the weights, with what each setting would do."""
-    import matplotlib.pyplot as plt
-
     layers = model["spectrum"]
     columns = min(3, len(layers))
     lines = math.ceil(len(layers) / columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(4.9 * columns, 3.9 * lines), squeeze=False, layout="constrained")
+    fig, axes = subplots(lines, columns, 4.9, 3.9)
     for ax, layer in zip(axes.flat, layers, strict=False):
         _draw_spectrum(ax, layer)
     axes.flat[0].plot([], [], "D", color="C2", markersize=4, label="‖V‖² removed by sos_budget=ε")
@@ -261,14 +256,12 @@ def _summary(layers: Sequence[dict[str, Any]]) -> str:
 
 
 # Landscape ------------------------------------------------------------------------------------------------------------
-@plt_settings()
 def landscape_figure(result: dict[str, Any], folder: Path) -> Section:
     """Draw the slices of the loss around each model, all with the same range of colours, and the way to its shift."""
-    import matplotlib.pyplot as plt
     import numpy as np
 
     models = result["models"]
-    fig, axes = plt.subplots(1, 2 + len(models), figsize=(4 * (2 + len(models)), 3.8), layout="constrained")
+    fig, (axes,) = subplots(1, 2 + len(models), 4, 3.8)
     planes = [np.log10(np.array(m["landscape"]["plane"]["loss"])) for m in models]
     finite = np.concatenate([p[np.isfinite(p)] for p in planes])
     levels = np.linspace(finite.min(), finite.max() + 1e-9, 13)

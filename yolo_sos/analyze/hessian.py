@@ -25,6 +25,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -74,24 +75,17 @@ class Trace:
 
     def estimates(self) -> dict[str, Estimate]:
         """Return ``hessian``, ``gauss_newton`` and their ``gap``, each with its standard error."""
-        gap = _combined(operator.sub, self.hessian, self.gauss_newton)
+        gap = list(map(operator.sub, self.hessian, self.gauss_newton))
         samples = {"hessian": self.hessian, "gauss_newton": self.gauss_newton, "gap": gap}
         return {name: Estimate.mean(values) for name, values in samples.items()}
 
-    def __add__(self, other: Trace) -> Trace:
-        """Return the samples of two blocks together: the trace of a matrix is that of its diagonal blocks."""
-        return self._combine(operator.add, other)
+    def combined(self, of: Callable[[float, float], float], other: Trace) -> Trace:
+        """Return ``of(own sample, other sample)`` of each probe.
 
-    def __sub__(self, other: Trace) -> Trace:
-        """Return the differences, probe by probe."""
-        return self._combine(operator.sub, other)
-
-    def _combine(self, of: Callable[[float, float], float], other: Trace) -> Trace:
-        return Trace(_combined(of, self.hessian, other.hessian), _combined(of, self.gauss_newton, other.gauss_newton))
-
-
-def _combined(of: Callable[[float, float], float], a: list[float], b: list[float]) -> list[float]:
-    return [of(x, y) for x, y in zip(a, b, strict=True)]
+        With ``operator.sub`` the paired differences of two models; with ``operator.add`` the trace of two blocks
+        together, as the trace of a matrix is that of its diagonal blocks.
+        """
+        return Trace(list(map(of, self.hessian, other.hessian)), list(map(of, self.gauss_newton, other.gauss_newton)))
 
 
 class Curvature:
@@ -153,10 +147,10 @@ class Curvature:
         residual_part, _, h_jv = self._parts(vector)
         reached = [self.parameters[i] for i in self._reached]
         back = torch.autograd.grad(self._outputs, reached, h_jv, retain_graph=True)
-        product = [torch.zeros_like(p) for p in self.parameters]
+        found = [torch.zeros_like(p) for p in self.parameters]
         for i, a, b in zip(self._reached, residual_part, back, strict=True):
-            product[i] = a + b
-        return product
+            found[i] = a + b
+        return found
 
 
 def traces(
@@ -187,30 +181,21 @@ def traces(
     found = [{block: Trace() for block in blocks} for _ in subjects]
     for start in range(0, probes, ROUND):
         indices = range(start, min(start + ROUND, probes))
-        for subject, of in zip(subjects, found, strict=True):
-            for block in blocks:
-                samples = _round(subject, block, batches, indices, seed, progress)
-                of[block].hessian += [h for h, _ in samples]
-                of[block].gauss_newton += [g for _, g in samples]
+        for (subject, of), block in product(zip(subjects, found, strict=True), blocks):
+            h, g = [0.0] * len(indices), [0.0] * len(indices)
+            with differentiable(subject, block) as parameters:
+                for share, curvature in _curvatures(subject, batches, parameters):  # one graph for all these probes
+                    for i, index in enumerate(indices):
+                        both = curvature.quadratic(rademacher(parameters, seed, index, block))
+                        h[i], g[i] = h[i] + share * both[0], g[i] + share * both[1]
+                        progress(1)
+            of[block].hessian += h
+            of[block].gauss_newton += g
         done = [e for of in found for t in of.values() for k, e in t.estimates().items() if k != "gap"]
         enough = stderr is not None and all(e.stderr <= stderr * abs(e.estimate) for e in done)
         if enough and start // ROUND + 1 >= MINIMUM:
             break
     return found
-
-
-def _round(
-    subject: Subject, block: str, batches: Sequence[Any], indices: range, seed: int, progress: Callable[[int], Any]
-) -> list[tuple[float, float]]:
-    """Return ``vᵀHv`` and its Gauss-Newton part for some probes, with one graph per batch for all of them."""
-    samples = [(0.0, 0.0)] * len(indices)
-    with differentiable(subject, block) as parameters:
-        for share, curvature in _curvatures(subject, batches, parameters):
-            for i, index in enumerate(indices):
-                h, g = curvature.quadratic(rademacher(parameters, seed, index, block))
-                samples[i] = samples[i][0] + share * h, samples[i][1] + share * g
-                progress(1)
-    return samples
 
 
 def largest_eigenvalue(
@@ -245,13 +230,13 @@ def largest_eigenvalue(
             done += 1
             length = dot(vector, vector) ** 0.5 or 1.0
             vector = [v / length for v in vector]
-            product = [torch.zeros_like(v) for v in vector]
+            moved = [torch.zeros_like(v) for v in vector]
             for share, curvature in kept or _curvatures(subject, batches, parameters):
-                product = [a + share * b for a, b in zip(product, curvature.product(vector), strict=True)]
-            value = dot(vector, product)
-            rest = [p - value * v for p, v in zip(product, vector, strict=True)]
+                moved = [a + share * b for a, b in zip(moved, curvature.product(vector), strict=True)]
+            value = dot(vector, moved)
+            rest = [p - value * v for p, v in zip(moved, vector, strict=True)]
             residual = dot(rest, rest) ** 0.5
-            vector = product
+            vector = moved
             if residual <= tolerance * abs(value):
                 break
     return Estimate(value, residual, done)

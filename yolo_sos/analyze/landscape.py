@@ -72,7 +72,7 @@ def slices(
         batches (Sequence[Any]): Batches of its task.
         radius (float): Largest coefficient.
         line (int): Points along the first direction, odd: the middle one is the model.
-        plane (int): Points along each side of the plane, odd; 0: no plane.
+        plane (int): Points along each side of the plane, odd.
         seed (int): Of the directions.
         progress (Callable): Called with 1 after each point.
 
@@ -88,7 +88,7 @@ def slices(
         progress(1)
         return loss
 
-    xs, sides = _grid(radius, line), _grid(radius, plane)
+    xs, sides = ([radius * (2 * i / (points - 1) - 1) for i in range(points)] for points in (line, plane))
     return {
         "line": {"x": xs, "loss": [at(x, 0.0) for x in xs]},
         "plane": {"x": sides, "y": sides, "loss": [[at(x, y) for x in sides] for y in sides]},
@@ -118,8 +118,3 @@ def interpolation(
     size = squared_norm(shift.weights(0.0)) or 1.0
     ratios = [squared_norm(w) / size for w in weights]
     return {"t": list(steps), "loss": [heldout.loss(w) for w in weights], "squared_norm_ratio": ratios}
-
-
-def _grid(radius: float, points: int) -> list[float]:
-    half = points // 2
-    return [radius * (i - half) / half for i in range(2 * half + 1)] if half else []

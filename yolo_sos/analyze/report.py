@@ -58,7 +58,7 @@ def save_dir(task: str, project: str | None, name: str | None, exist_ok: bool) -
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """Return short names that tell paths apart: their last parts, without ``weights`` and the suffix.
+    """Return short names that tell paths apart: their last parts, without ``weights`` and ``.pt``.
 
     Raises:
         ValueError: If a path is given twice.
@@ -67,7 +67,7 @@ def labels(paths: Sequence[Path]) -> list[str]:
     for path in whole:
         if whole.count(path) > 1:
             raise ValueError(f"{path} is given twice: there would be nothing to compare.")
-    parts = [[p for p in path.with_suffix("").parts if p not in {"weights", "/"}] for path in whole]
+    parts = [[p for p in (*path.parts[1:-1], path.name.removesuffix(".pt")) if p != "weights"] for path in whole]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
         if len(set(names)) == len(names):
