@@ -156,6 +156,7 @@ class Engine:
                 self.watch.lap("forward")
                 add(batch, output, inputs)
                 del output, inputs
+                capture.clear()  # of what ran the layers once more, such as a replayed loss
                 self.watch.lap(phase)
 
     def fit(self, batches: Iterable[Any]) -> None:
