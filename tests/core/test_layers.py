@@ -222,7 +222,7 @@ def test_a_layer_that_does_not_run_once_is_named():
     assert hooks(model) == 0
     model.skip = False
     with (
-        pytest.raises(RuntimeError, match="Layer 'a' ran 2 times .*cannot be told apart"),
+        pytest.raises(RuntimeError, match=r"Layer 'a' ran 2 times .*cannot be told apart"),
         InputCapture(layers) as capture,
     ):
         model(x)
