@@ -613,7 +613,7 @@ def test_the_guard_evaluates_only_the_final_layers():
     )
     assert report.step == 0.0  # all steps were tried: no loss falls by half
     assert [len(c) for c in calls[:2]] == [5, 5]  # once per batch
-    assert len(calls[2]) == 5 + 3 * 3  # and at 1, ½, ¼ on each held-out batch
+    assert len(calls[2]) == 5 + 1 + 3 * 3  # once more to compare, and at 1, ½, ¼ on each held-out batch
 
 
 @pytest.mark.parametrize("step", [1.0, 0.6])
