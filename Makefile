@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-oldest fuzz lint install clean
+.PHONY: demo test test-all test-oldest fuzz lint install clean
 
 install: $(VENV)/.installed
 
@@ -18,7 +18,11 @@ $(VENV)/.installed: pyproject.toml
 demo: install
 	$(BIN)/python tools/demo.py
 
+# What a change is tested with; `make test-all` also runs the slow tests.
 test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install
 	$(BIN)/python -m pytest
 
 # The same suite with the oldest Ultralytics that pyproject.toml admits.

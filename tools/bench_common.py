@@ -18,7 +18,7 @@ from yolo_sos import __version__
 from yolo_sos.files import write_text
 from yolo_sos.markdown import markdown_table
 
-BENCH = Path(__file__).resolve().parents[1] / "results/bench"
+BENCH = Path(__file__).resolve().parents[1] / "docs/bench"
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -76,7 +76,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def save(name: str, title: str, body: str, data: dict[str, Any], argv: Sequence[str] | None = None) -> None:
-    """Write results/bench/NAME.json and NAME.md, and print the latter.
+    """Write docs/bench/NAME.json and NAME.md, and print the latter.
 
     Args:
         name (str): Name of both files.

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,31 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def read_text(path: str | Path) -> str:
+    """Read a text file in UTF-8, or in UTF-16 with a byte order mark, as some Windows tools write it.
+
+    Args:
+        path (str | Path): The file.
+
+    Returns:
+        (str): Its content, with Unix line ends and without the byte order mark.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is in another encoding; names the file and the line.
+    """
+    data = Path(path).read_bytes()
+    encoding = "utf-16" if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as e:
+        line = data[: e.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}, line {line}: not a text file in {e.encoding.upper()}: {e.reason} at byte {e.start}"
+        ) from e
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
@@ -92,12 +118,11 @@ def read_json(path: str | Path) -> Any:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no JSON; names the file and the line.
     """
+    text = read_text(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return json.loads(text)
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}, line {e.lineno}, column {e.colno}: not JSON: {e.msg}") from e
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not a text file in UTF-8: {e.reason} at byte {e.start}") from e
     except (ValueError, RecursionError) as e:  # a number of thousands of digits, brackets in thousands of brackets
         raise ValueError(f"{path}: not JSON that can be read: {e}") from e
 

@@ -16,8 +16,9 @@ def markdown_table(lines: Sequence[Sequence[str]], *, texts: int = 1) -> str:
         texts (int): How many of the first columns hold text, to the left; the others hold numbers, to the right.
 
     Returns:
-        (str): The table, each line ended.
+        (str): The table, each line ended. A vertical bar in a cell is escaped.
     """
+    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * w if k < texts else "-" * (w - 1) + ":" for k, w in enumerate(widths)]
 

@@ -336,7 +336,11 @@ def test_more_than_the_rank_is_the_full_shift():
     moments, v = Moments(6).update(randn(3, 6)), randn(2, 6, seed=1)
     full = principal_shift(moments, v)
     assert full.rank == 3
-    for more in (principal_shift(moments, v, rank=4), principal_shift(moments, v, rank=6), expected_shift(moments, v, rows=99)):
+    for more in (
+        principal_shift(moments, v, rank=4),
+        principal_shift(moments, v, rank=6),
+        expected_shift(moments, v, rows=99),
+    ):
         assert torch.equal(more.weight, full.weight)
         assert more.rank == 3
 
@@ -352,7 +356,11 @@ def test_more_than_the_rank_is_the_full_shift():
         (expected_shift, {"rows": -2.0}, r"rows=-2\.0 must be"),
         (expected_shift, {"rows": float("nan")}, "rows=nan must be"),
         (expected_shift, {"rows": float("inf")}, "rows=inf must be"),
-        (budgeted_shift, {"budget": -0.1}, r"'budget=-0\.1' is invalid: budget must be a number of at least 0 and less than 1"),
+        (
+            budgeted_shift,
+            {"budget": -0.1},
+            r"'budget=-0\.1' is invalid: budget must be a number of at least 0 and less than 1",
+        ),
         (budgeted_shift, {"budget": 1.0}, r"'budget=1\.0' is invalid"),
         (budgeted_shift, {"budget": float("nan")}, "'budget=nan' is invalid"),
     ],

@@ -9,13 +9,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from ultralytics.data import utils as host
+from ultralytics.data import utils
 from ultralytics.data.dataset import YOLODataset
-from ultralytics.utils import YAML as HostYAML
+from ultralytics.utils import YAML as UltralyticsYAML
 
 from yolo_sos.data import digits
 from yolo_sos.data.digits import build, draw_scene, source_digits, split_source
-from yolo_sos.data.voc import annotation_paths, read_annotation, read_image_set
+from yolo_sos.data.voc import read_annotation, read_image_set
 
 YAML = Path(__file__).parents[2] / "cfg/datasets/digits.yaml"
 SMALL = {"train": 4, "val": 2, "test": 2}
@@ -25,11 +25,16 @@ pytest.importorskip("sklearn", reason="needs scikit-learn: pip install 'yolo-sos
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The data set as the host makes it, on first use, from its YAML."""
+    """The data set as Ultralytics makes it, on first use, from its YAML."""
     folder = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "DATASETS_DIR", folder)
-        return host.check_det_dataset(str(YAML))
+        patch.setattr(utils, "DATASETS_DIR", folder)
+        return utils.check_det_dataset(str(YAML))
+
+
+def annotation_paths(data, split):
+    """Return image id to XML file of one split."""
+    return {p.stem: p for p in sorted((data["path"] / data["voc"] / split).glob("*.xml"))}
 
 
 def content(root):
@@ -41,7 +46,7 @@ def content(root):
     }
 
 
-def test_the_host_builds_it_and_reads_every_label(data):
+def test_ultralytics_builds_it_and_reads_every_label(data):
     for split, n in ("train", 400), ("val", 100), ("test", 100):
         dataset = YOLODataset(img_path=data[split], data=data, task="detect", imgsz=160, augment=False, rect=False)
         objects = [o for p in annotation_paths(data, split).values() for o in read_annotation(p).objects]
@@ -184,7 +189,7 @@ def test_sets_made_before_there_was_label_noise_are_reused(tmp_path, monkeypatch
 
 
 def test_the_noisy_set_differs_from_the_clean_one_in_its_noise_alone():
-    clean, noisy = (HostYAML.load(YAML.with_name(f"{name}.yaml")) for name in ("digits", "digits-noisy"))
+    clean, noisy = (UltralyticsYAML.load(YAML.with_name(f"{name}.yaml")) for name in ("digits", "digits-noisy"))
     assert noisy.pop("path") == "digits-noisy" and clean.pop("path") == "digits"
     assert noisy.pop("download") == clean.pop("download").replace(")", ", label_noise=0.2)")
     assert noisy == clean
@@ -193,7 +198,7 @@ def test_the_noisy_set_differs_from_the_clean_one_in_its_noise_alone():
 def test_it_can_be_moved(tmp_path):
     yaml = build(tmp_path / "a", **SMALL)
     (tmp_path / "a").rename(tmp_path / "b")
-    data = host.check_det_dataset(str(tmp_path / "b" / yaml.name))
+    data = utils.check_det_dataset(str(tmp_path / "b" / yaml.name))
     assert [cv2.imread(str(p)) is not None for p in Path(data["val"]).iterdir()] == [True] * 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from itertools import count, islice
 from pathlib import Path
@@ -10,16 +11,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ultralytics.data import utils as host
+from PIL import Image
+from ultralytics.data import utils
 from ultralytics.utils import LOGGER, YAML, checks, downloads
-from ultralytics.utils import ROOT as HOST_ROOT
+from ultralytics.utils import ROOT as ULTRALYTICS
 
 from yolo_sos.data.convert import SplitCounts, convert_voc, yolo_box
-from yolo_sos.data.voc import VOCObject, annotation_paths, read_annotation
+from yolo_sos.data.voc import VOCObject, clipped_box, read_annotation
 
 ROOT = Path(__file__).parents[2]
 BCCD = ROOT.parent / "shared" / "data" / "BCCD"
 needs_bccd = pytest.mark.skipif(not BCCD.is_dir(), reason=f"needs the BCCD data set in {BCCD}")
+VOC07 = ROOT.parent / "shared" / "data" / "VOC07-320"
+needs_voc07 = pytest.mark.skipif(not VOC07.is_dir(), reason=f"needs Pascal VOC 2007 in {VOC07}")
 
 
 @pytest.fixture
@@ -28,6 +32,11 @@ def warnings(monkeypatch):
     caught = []
     monkeypatch.setattr(LOGGER, "warning", lambda text, *_: caught.append(str(text)))
     return caught
+
+
+def annotation_paths(data, split):
+    """Return image id to XML file of one split."""
+    return {p.stem: p for p in sorted((Path(data["path"]) / data["voc"] / split).glob("*.xml"))}
 
 
 def labels(path):
@@ -59,8 +68,8 @@ def corners(yolo, width, height):
     ],
 )
 def test_boxes_worked_by_hand(box, expected):
-    result = yolo_box(box, 10, 20)
-    assert result is expected is None or result == pytest.approx(expected, abs=1e-12)
+    clipped = clipped_box(box, 10, 20)
+    assert clipped is expected is None or yolo_box(clipped, 10, 20) == pytest.approx(expected, abs=1e-12)
 
 
 @st.composite
@@ -74,7 +83,7 @@ def boxes(draw):
 @given(boxes())
 def test_boxes_come_back_to_the_pixel(sample):
     box, width, height = sample
-    yolo = yolo_box(box, width, height)
+    yolo = yolo_box(clipped_box(box, width, height), width, height)
     assert corners(yolo, width, height) == pytest.approx(box, abs=1e-9 * max(width, height))
     assert 0 < min(yolo) <= max(yolo) <= 1
 
@@ -111,7 +120,7 @@ def test_difficult_objects_are_kept_aside(tree, tmp_path):
     assert (out / "labels/val/bare.txt").read_text() == ""
     assert [p.name for p in (out / "difficult").rglob("*.txt")] == ["mixed.txt"]
 
-    data = host.check_det_dataset(str(out / "data.yaml"))
+    data = utils.check_det_dataset(str(out / "data.yaml"))
     found = annotation_paths(data, "val")
     assert list(found) == ["VOC_val", "bare", "mixed"]
     assert [o.difficult for o in read_annotation(found["mixed"]).objects] == [False, True]
@@ -123,11 +132,28 @@ def test_degenerate_boxes_are_reported_and_left_out(tree, tmp_path, warnings):
     source.add("train", "slip", [*bad, VOCObject("cat", (1, 1, 64, 48))])
     report = convert_voc(source.root, tmp_path / "out")
     xml = source.root / "Annotations/slip.xml"
-    assert [(d.path, d.name, d.box) for d in report.degenerate] == [(xml, o.name, o.box) for o in bad]
+    places = [f"{xml}, object {i} ({o.name}) {o.box}" for i, o in enumerate(bad, start=1)]
+    assert report.noted == {"no area": tuple(places)}
     assert len(labels(tmp_path / "out/labels/train/slip.txt")) == 1
     assert report.splits["train"] == SplitCounts(2, 2, 0)
+    assert warnings == [f"{source.root}: Boxes without area within their image are left out (2): {'; '.join(places)}."]
+
+
+def test_repeated_objects_and_flags_in_words_are_told_once_per_set(tree, tmp_path, warnings):
+    source = tree()
+    for i in range(5):
+        source.add("train", f"same{i}", [VOCObject("cat", (1, 1, 9, 9)), VOCObject("cat", (1, 1, 9, 9))])
+        xml = source.root / f"Annotations/same{i}.xml"
+        xml.write_text(xml.read_text().replace("<difficult>0<", "<difficult>Unspecified<", 1))
+    report = convert_voc(source.root, tmp_path / "out")
+    assert report.splits["train"].boxes == 11  # the lines of both: Ultralytics drops one when it reads them
+    assert [len(report.noted[kind]) for kind in ("words", "twice")] == [5, 5]
     assert len(warnings) == 2
-    assert all(str(xml) in w for w in warnings)
+    assert (
+        "Flags 'difficult' are words, of which true and yes count as 1, false, no and Unspecified as 0 (5): "
+        in warnings[1]
+    )
+    assert warnings[0].count(".xml") == 3 and warnings[0].endswith("; ...")
 
 
 def test_the_image_says_how_large_it_is(tree, tmp_path, warnings):
@@ -138,7 +164,7 @@ def test_the_image_says_how_large_it_is(tree, tmp_path, warnings):
     for image_id in "unstated", "wrong":
         np.testing.assert_allclose(labels(tmp_path / f"out/labels/train/{image_id}.txt"), [[0, 0.25, 0.125, 0.5, 0.25]])
     assert [p.name for p in report.resized] == ["wrong.xml"]
-    assert "says 200x100, but its image has 100x200" in warnings[0]
+    assert warnings == [f"Annotations state another size than their image has (1), such as {report.resized[0]}"]
 
 
 def test_several_trees_make_one_set(tree, tmp_path, warnings):
@@ -237,11 +263,16 @@ def test_what_is_missing_is_named_and_nothing_is_left_behind(tree, tmp_path, spo
 
 
 def test_broken_images_and_doubtful_ids_are_named(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "check_requirements", lambda *_: None)  # the host would install a decoder for it
+    monkeypatch.setattr(checks, "check_requirements", lambda *_: None)  # Ultralytics would install a decoder for it
     source = tree()
-    (source.root / "JPEGImages/VOC_val.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"VOC_val\.jpg: not a readable image"):
+    for content, reason in (b"no image", "it has no format that Pillow knows"), (b"", "the file is empty"):
+        (source.root / "JPEGImages/VOC_val.jpg").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"VOC_val\.jpg: not a readable image: {reason}"):
+            convert_voc(source.root, tmp_path / "out")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # as of 20,000 x 20,000 pixels
+    with pytest.raises(ValueError, match=r"VOC_train\.jpg: not a readable image: Image size \(3072 pixels\) exceeds"):
         convert_voc(source.root, tmp_path / "out")
+    monkeypatch.undo()
     (source.root / "JPEGImages/VOC_val.png").touch()
     with pytest.raises(ValueError, match=r"two images have the id 'VOC_val': VOC_val\.jpg, VOC_val\.png"):
         convert_voc(source.root, tmp_path / "out")
@@ -269,26 +300,28 @@ def test_links_where_possible_and_copies_elsewhere(tree, tmp_path, monkeypatch):
 
 
 @needs_bccd
-def test_bccd_as_the_host_downloads_it(tmp_path, monkeypatch, warnings):
-    monkeypatch.setattr(host, "DATASETS_DIR", tmp_path)
+def test_bccd_as_ultralytics_downloads_it(tmp_path, monkeypatch, warnings):
+    monkeypatch.setattr(utils, "DATASETS_DIR", tmp_path)
     monkeypatch.delenv("BCCD_ROOT", raising=False)
     yaml = str(ROOT / "cfg/datasets/bccd.yaml")
     with pytest.raises(FileNotFoundError, match=r"BCCD_ROOT: .*git clone https://github\.com/Shenggan/BCCD_Dataset"):
-        host.check_det_dataset(yaml)
+        utils.check_det_dataset(yaml)
     monkeypatch.setenv("BCCD_ROOT", str(BCCD))
-    data = host.check_det_dataset(yaml)
+    data = utils.check_det_dataset(yaml)
 
     n_boxes = 0
     for split, n in ("train", 205), ("val", 87), ("test", 72):
         images = sorted(Path(data[split]).iterdir())
         assert len(images) == n
-        n_boxes += sum(len(labels(Path(p))) for p in host.img2label_paths([str(image) for image in images]))
+        n_boxes += sum(len(labels(Path(p))) for p in utils.img2label_paths([str(image) for image in images]))
         assert list(annotation_paths(data, split)) == [p.stem for p in images]
     assert n_boxes == 4888 - 2
-    degenerate = [w for w in warnings if "no area" in w]
-    assert len(degenerate) == 2
-    assert any("BloodImage_00338.xml: box (504.0, 337.0, 504.0, 337.0) of a 'RBC'" in w for w in degenerate)
-    assert any("BloodImage_00343.xml: box (181.0, 329.0, 181.0, 329.0) of a 'RBC'" in w for w in degenerate)
+    (degenerate,) = [w for w in warnings if "are left out (2)" in w]
+    for place in (
+        r"00338\.xml, object \d+ \(RBC\) \(504\.0, 337\.0, 504",
+        r"00343\.xml, object \d+ \(RBC\) \(181\.0, 329\.0, 181",
+    ):
+        assert re.search(f"BloodImage_{place}", degenerate)
     assert list(data["names"].values()) == ["Platelets", "RBC", "WBC"]
 
 
@@ -309,42 +342,61 @@ def voc_devkit(folder, tree):
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["VOC_ROOT", "downloaded"])
-def test_voc_as_the_host_prepares_it(given, tree, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "years", "n_train", "n_val", "n_archives"),
+    [("VOC-devkit", ("2007", "2012"), 45, 5, 3), ("VOC07", ("2007",), 18, 2, 2)],
+)
+def test_voc_as_ultralytics_prepares_it(name, years, n_train, n_val, n_archives, given, tree, tmp_path, monkeypatch):
     datasets, asked = tmp_path / "datasets", []
 
     def download(urls, dir, **_):
         asked.extend(urls)
         voc_devkit(Path(dir) / "VOCdevkit", tree)
 
-    monkeypatch.setattr(host, "DATASETS_DIR", datasets)
+    monkeypatch.setattr(utils, "DATASETS_DIR", datasets)
     monkeypatch.setattr(downloads, "download", download)
     monkeypatch.delenv("VOC_ROOT", raising=False)
     if given:
         voc_devkit(tmp_path / "elsewhere", tree)
         monkeypatch.setenv("VOC_ROOT", str(tmp_path / "elsewhere"))
-    yaml = str(ROOT / "cfg/datasets/VOC-devkit.yaml")
-    data = host.check_det_dataset(yaml)
-    stock = YAML.load(HOST_ROOT / "cfg/datasets/VOC.yaml")
+    yaml = str(ROOT / f"cfg/datasets/{name}.yaml")
+    data = utils.check_det_dataset(yaml)
+    stock = YAML.load(ULTRALYTICS / "cfg/datasets/VOC.yaml")
     assert data["names"] == stock["names"]
     assert [url for url in asked if url.rsplit("/", 1)[1] not in stock["download"]] == []
-    assert len(asked) == (0 if given else 3)
+    assert len(asked) == (0 if given else n_archives)
 
     root = tmp_path / "elsewhere" if given else datasets / "VOCdevkit"
     ids = {split: {p.stem for p in Path(data[split]).iterdir()} for split in ("train", "val", "test")}
-    lists = [(root / f"VOC{year}/ImageSets/Main/trainval.txt").read_text().split() for year in ("2007", "2012")]
-    assert ids["train"] | ids["val"] == {*lists[0], *lists[1]}
-    assert (len(ids["train"]), len(ids["val"])) == (45, 5)
+    lists = [(root / f"VOC{year}/ImageSets/Main/trainval.txt").read_text().split() for year in years]
+    assert ids["train"] | ids["val"] == set().union(*lists)
+    assert (len(ids["train"]), len(ids["val"])) == (n_train, n_val)
     assert ids["test"] == set((root / "VOC2007/ImageSets/Main/test.txt").read_text().split())
     for split in ids:
         images = sorted(Path(data[split]).iterdir())
         for path, xml in zip(images, annotation_paths(data, split).values(), strict=True):
             objects = read_annotation(xml).objects
-            (line,) = labels(Path(host.img2label_paths([str(path)])[0]))  # what is difficult is no label
+            (line,) = labels(Path(utils.img2label_paths([str(path)])[0]))  # what is difficult is no label
             assert data["names"][int(line[0])] == objects[0].name
             assert corners(line, 64, 48) == pytest.approx((11, 6, 30, 25), abs=1e-4)
-            aside = datasets / "VOC-devkit/difficult" / split / f"{path.stem}.txt"
+            aside = datasets / name / "difficult" / split / f"{path.stem}.txt"
             assert aside.exists() == (len(objects) == 2)
     held = ids["val"]
-    shutil.rmtree(datasets / "VOC-devkit")
+    shutil.rmtree(datasets / name)
     monkeypatch.setenv("VOC_ROOT", str(root))
-    assert {p.stem for p in Path(host.check_det_dataset(yaml)["val"]).iterdir()} == held
+    assert {p.stem for p in Path(utils.check_det_dataset(yaml)["val"]).iterdir()} == held
+
+
+@needs_voc07
+def test_voc07_has_the_counts_of_the_devkit(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "DATASETS_DIR", tmp_path)
+    monkeypatch.setenv("VOC_ROOT", str(VOC07))
+    data = utils.check_det_dataset(str(ROOT / "cfg/datasets/VOC07.yaml"))
+    ids = {split: {p.stem for p in Path(data[split]).iterdir()} for split in ("train", "val", "test")}
+    trainval = (VOC07 / "VOC2007/ImageSets/Main/trainval.txt").read_text().split()
+    assert ids["train"] | ids["val"] == set(trainval) and not ids["train"] & ids["val"]
+    assert {split: len(of_split) for split, of_split in ids.items()} == {"train": 4507, "val": 501, "test": 4952}
+    objects = [o for xml in annotation_paths(data, "test").values() for o in read_annotation(xml).objects]
+    assert (sum(not o.difficult for o in objects), sum(o.difficult for o in objects)) == (12032, 2944)
+    files = [Path(p) for p in utils.img2label_paths([str(p) for p in Path(data["test"]).iterdir()])]
+    assert sum(len(labels(path)) for path in files) == 12032

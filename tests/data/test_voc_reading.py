@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from yolo_sos.data.voc import (
+    Selection,
     VOCAnnotation,
     VOCObject,
-    annotation_paths,
+    clipped_box,
     read_annotation,
     read_image_set,
     write_annotation,
@@ -43,8 +46,8 @@ def test_objects_flags_and_order_of_coordinates(tmp_path):
         width=500,
         height=442,
         objects=(
-            VOCObject("person", (53.4, 87, 471, 420), difficult=True, truncated=True),
-            VOCObject("horse", (158, 44, 289, 167)),  # neither flag in the file, and no part among the objects
+            VOCObject("person", (53.4, 87, 471, 420), difficult=True),
+            VOCObject("horse", (158, 44, 289, 167)),  # no flag in the file, and no part among the objects
         ),
     )
 
@@ -58,7 +61,7 @@ name = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), mi
 
 
 @given(
-    objects=st.lists(st.builds(VOCObject, name, st.tuples(*[coordinate] * 4), st.booleans(), st.booleans())),
+    objects=st.lists(st.builds(VOCObject, name, st.tuples(*[coordinate] * 4), st.booleans())),
     size=st.tuples(st.integers(0, 9999), st.integers(0, 9999)),
 )
 def test_reading_inverts_writing(tmp_path_factory, objects, size):
@@ -76,8 +79,7 @@ def test_reading_inverts_writing(tmp_path_factory, objects, size):
         ("<xmin>53.4</xmin>", "<xmin>nan</xmin>", "<bndbox/xmin> is 'nan': a coordinate is a finite"),
         ("<name>person</name>", "<name> </name>", "object 1: <name> is missing"),
         ("<difficult>1</difficult>", "<difficult>2</difficult>", "<difficult> is '2': a flag is 0 or 1"),
-        ("<width>500</width>", "<width>-5</width>", "<size/width> is '-5'"),
-        ("<width>500</width>", "<width>wide</width>", "<size/width> is 'wide'"),
+        ("<difficult>1</difficult>", "<difficult>maybe</difficult>", "<difficult> is 'maybe': a flag is 0 or 1"),
         ("<object>", "<objekt>", "not a readable XML file"),
         ("annotation>", "yolo>", "has the root <annotation>, this one has <yolo>"),
     ],
@@ -88,6 +90,61 @@ def test_errors_name_file_and_field(tmp_path, old, new, field):
         read_annotation(path)
     assert str(path) in str(e.value)
     assert field in str(e.value)
+
+
+@pytest.mark.parametrize("width", ["Unspecified", "0.0597", "-1", "wide", "1e999", "nan", ""])
+def test_what_is_not_used_is_not_judged(tmp_path, width):
+    text = PERSON.replace("<truncated>1", f"<truncated>{width}").replace("<width>500", f"<width>{width}")
+    annotation = read_annotation(write(tmp_path / "a.xml", text))
+    assert (annotation.width, annotation.height) == (0, 442)  # 0: the file does not say
+    assert len(annotation.objects) == 2
+    assert read_annotation(write(tmp_path / "a.xml", PERSON.replace("500<", "500.0<"))).width == 500
+
+
+@pytest.mark.parametrize(
+    ("flag", "difficult", "word"),
+    [
+        *(("1", True, False), ("0", False, False), ("1.0", True, False), ("0.0", False, False), (" 1 ", True, False)),
+        *(("true", True, True), ("Yes", True, True), ("FALSE", False, True), ("no", False, True)),
+        ("Unspecified", False, True),
+    ],
+)
+def test_flags_in_words_have_a_rule_and_are_told(tmp_path, flag, difficult, word):
+    path = write(tmp_path / "a.xml", PERSON.replace("<difficult>1", f"<difficult>{flag}"))
+    annotation = read_annotation(path)
+    assert annotation.objects[0].difficult is difficult
+    assert annotation.words == ((f"object 1 (person): '{flag}'",) if word else ())
+    selection = Selection()
+    assert list(selection.of(annotation)) == [0, 1]
+    assert ["Flags 'difficult' are words" in note for note in selection.notes()] == [True] * word
+
+
+def test_upper_and_lower_case_and_namespaces_lose_no_object(tmp_path):
+    expected = read_annotation(write(tmp_path / "a.xml", PERSON))
+    mixed = re.sub(r"(</?)([a-z])", lambda m: m[1] + m[2].upper(), PERSON).replace("Xmin", "XMin")
+    assert "<Difficult>" in mixed and read_annotation(write(tmp_path / "a.xml", mixed)).objects == expected.objects
+    space = PERSON.replace("<annotation>", '<annotation xmlns="http://example.org">')
+    assert read_annotation(write(tmp_path / "a.xml", space)) == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_encodings_of_annotations(tmp_path, encoding):
+    text = PERSON.replace("person", "ménage")
+    path = tmp_path / "a.xml"
+    declared = f'<?xml version="1.0" encoding="{encoding}"?>' if encoding == "latin-1" else ""
+    path.write_bytes((declared + text).encode(encoding))
+    assert read_annotation(path).objects[0].name == "ménage"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.xml: not a readable XML file: .*line 5"):
+        read_annotation(path)
+
+
+def test_boxes_are_clipped_where_the_size_is_known():
+    assert clipped_box((0, 3, 12, 8), 10, 20) == (0, 2, 10, 8)
+    assert clipped_box((0, 3, 12, 8)) == (0, 2, 12, 8)
+    assert clipped_box((11, 3, 12, 8), 10, 20) is None and clipped_box((11, 3, 12, 8)) is not None
+    for box in (5, 5, 5, 9), (9, 5, 2, 8), (5, 9, 8, 2), (-3, 1, 0, 8):
+        assert clipped_box(box) is None
 
 
 BILLION_LAUGHS = """<!DOCTYPE a [<!ENTITY a0 "ha">
@@ -132,38 +189,37 @@ def test_an_unknown_image_set_lists_the_known(tmp_path):
         read_image_set(tmp_path / "nowhere", "test")
 
 
+@pytest.mark.parametrize("name", ["train", "night_train"])
+def test_names_that_end_in_a_number_keep_it(tmp_path, name):
+    """A flag is a second column of a class's set; `shot 1.jpg` is the name of an image."""
+    image_set(tmp_path, "shot\nshot 1\nshot 0\n", name)
+    assert read_image_set(tmp_path, name) == ["shot", "shot 1", "shot 0"]
+    image_set(tmp_path, "shot 1\nshot 0\nshot -1\n", name)
+    (tmp_path / "Annotations").mkdir()
+    for image_id in "shot 1", "shot 0", "shot -1":
+        (tmp_path / "Annotations" / f"{image_id}.xml").touch()
+    assert read_image_set(tmp_path, name) == ["shot 1", "shot 0", "shot -1"]
+
+
+def test_encodings_of_image_sets(tmp_path):
+    path = image_set(tmp_path, "") / "ImageSets/Main/train.txt"
+    path.write_bytes("été 1\r\nb\r\n".encode("utf-16"))
+    assert read_image_set(tmp_path, "train") == ["été 1", "b"]
+    path.write_bytes("a\nété\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"train\.txt, line 2: not a text file in UTF-8"):
+        read_image_set(tmp_path, "train")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("\n \n", "lists no image"),
-        ("a\nb\na\n", "lists 'a' twice"),
-        ("../../a\n", "no image id"),
+        ("a\n\nb\na\n", "line 4: lists 'a' twice; it is on line 1 already"),
+        ("b\n../../a\n", "line 2: .* no image id"),
         ("..\n", "no image id"),
         ("c:a\n", "no image id"),
     ],
 )
 def test_malformed_image_sets_are_refused(tmp_path, text, message):
-    with pytest.raises(ValueError, match=rf"train\.txt: .*{message}"):
+    with pytest.raises(ValueError, match=rf"train\.txt.*{message}"):
         read_image_set(image_set(tmp_path, text), "train")
-
-
-def test_annotations_are_found_beside_the_images(tmp_path):
-    base = tmp_path / "images" / "set"  # the last folder called images counts
-    for split, stem in ("a", "2"), ("a", "1"), ("b", "3"), ("c", "1"):
-        (base / "annotations" / split).mkdir(parents=True, exist_ok=True)
-        (base / "annotations" / split / f"{stem}.xml").touch()
-    data = {"voc": "annotations", "yaml_file": "set.yaml", "val": str(base / "images/a")}
-    data["train"] = [str(base / "images" / s) for s in "ab"]
-    assert annotation_paths(data, "val") == {i: base / f"annotations/a/{i}.xml" for i in "12"}
-    assert list(annotation_paths(data, "train")) == ["1", "2", "3"]
-
-    with pytest.raises(ValueError, match=r"set\.yaml: no key 'test'"):
-        annotation_paths(data, "test")
-    with pytest.raises(ValueError, match=r"set\.yaml: no key 'voc'"):
-        annotation_paths({**data, "voc": None}, "val")
-    with pytest.raises(ValueError, match="'val' has '1' twice"):
-        annotation_paths({**data, "val": [str(base / "images/a"), str(base / "images/c")]}, "val")
-    with pytest.raises(ValueError, match="no folder 'images'"):
-        annotation_paths({**data, "val": "val.txt"}, "val")
-    with pytest.raises(FileNotFoundError, match="no annotations"):
-        annotation_paths({**data, "val": str(base / "images/d")}, "val")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from yolo_sos.data.voc import VOCAnnotation, VOCObject
 from yolo_sos.evaluate import (
     Detections,
     GroundTruth,
@@ -31,25 +32,16 @@ from yolo_sos.evaluate import (
 from yolo_sos.files import atomic_path
 
 
-@dataclass(frozen=True)
-class Object:
-    name: str
-    box: tuple[float, float, float, float]
-    difficult: bool = False
+def annotation(image_id: str, *objects: VOCObject) -> VOCAnnotation:
+    return VOCAnnotation(image_id, f"{image_id}.jpg", 0, 0, objects, Path("Annotations", f"{image_id}.xml"))
 
 
-@dataclass(frozen=True)
-class Annotation:
-    image_id: str
-    objects: tuple[Object, ...]
-
-
-CAT, DOG = Object("cat", (1, 1, 10, 20)), Object("dog", (5.5, 6, 5.5, 6), True)
+CAT, DOG = VOCObject("cat", (1, 1, 10, 20)), VOCObject("dog", (5.5, 6, 6.5, 7), True)
 
 
 @pytest.fixture
 def truth():
-    return voc_truth([Annotation("000012", (CAT, DOG)), Annotation("000007", (CAT,)), Annotation("000100", ())])
+    return voc_truth([annotation("000012", CAT, DOG), annotation("000007", CAT), annotation("000100")])
 
 
 @pytest.fixture
@@ -69,20 +61,31 @@ def test_voc_truth(truth):
     assert truth.images == ("000007", "000012", "000100")  # sorted, and one without objects
     np.testing.assert_array_equal(truth.image, [0, 1, 1])
     np.testing.assert_array_equal(truth.label, [0, 0, 1])
-    np.testing.assert_array_equal(truth.boxes, [[0, 0, 10, 20], [0, 0, 10, 20], snap([4.5, 5, 5.5, 6])])
-    np.testing.assert_array_equal(truth.area, [200, 200, 1])  # a box of one pixel has one
+    np.testing.assert_array_equal(truth.boxes, [[0, 0, 10, 20], [0, 0, 10, 20], snap([4.5, 5, 6.5, 7])])
+    np.testing.assert_array_equal(truth.area, [200, 200, 4])  # the last pixel counts
     np.testing.assert_array_equal(truth.difficult, [False, False, True])
     assert truth.difficult_known and truth.category_ids == (1, 2)
-    assert voc_truth([Annotation("a", (CAT,))], ["dog", "cat"]).label.tolist() == [1]
+    assert voc_truth([annotation("a", CAT)], ["dog", "cat"]).label.tolist() == [1] and truth.remarks == ()
 
 
 def test_voc_truth_names_file_and_object():
     with pytest.raises(ValueError, match=r"Annotations/b.xml, object 2 \(dog\): unknown class 'dog'; .* are cat"):
-        voc_truth([Annotation("b", (CAT, DOG))], ["cat"], "Annotations")
-    with pytest.raises(ValueError, match=r"Annotations/b.xml, object 1 \(cat\): the box .* has x2 < x1"):
-        voc_truth([Annotation("b", (Object("cat", (9, 1, 5, 20)),))], source="Annotations")
+        voc_truth([annotation("b", CAT, DOG)], ["cat"])
     with pytest.raises(ValueError, match="image 'b' comes twice"):
-        voc_truth([Annotation("b", (CAT,)), Annotation("b", ())])
+        voc_truth([annotation("b", CAT), annotation("b")])
+
+
+def test_boxes_without_area_are_left_out_and_told():
+    """As by the converter, so that the labels and the ground truth hold the same objects."""
+    bad = [VOCObject("cat", box) for box in ((9, 1, 5, 20), (4, 4, 4, 9), (-5, 1, 0, 9), (70, 1, 80, 9))]
+    whole = voc_truth([annotation("b", *bad, CAT)])
+    assert whole.boxes.tolist() == [[69, 0, 80, 9], [0, 0, 10, 20]]  # how wide the image is, nobody says
+    known = voc_truth([annotation("b", *bad, CAT)], sizes=lambda image_id: {"b": (64, 48)}[image_id])
+    assert known.boxes.tolist() == [[0, 0, 10, 20]]
+    (remark,) = known.remarks
+    assert remark.startswith(
+        "Boxes without area within their image are left out (4): Annotations/b.xml, object 1 (cat)"
+    )
 
 
 def test_the_devkits_format(tmp_path, truth):
@@ -191,7 +194,7 @@ ENTRY = {"image_id": 12, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}
         ([ENTRY, 3], r"entry \[1\]: has no 'image_id'"),
         (
             [ENTRY, {**ENTRY, "image_id": 13}],
-            r"entry \[1\]: image_id 13 is not in the annotations, which have 7, 12, 100",
+            r"entry \[1\]: image_id 13 is not in the annotations, which have 000007, 000012, 000100",
         ),
         ([{**ENTRY, "category_id": 3}], r"entry \[0\]: category_id 3 is not in the annotations, which have 1, 2"),
         ([ENTRY, {**ENTRY, "score": float("nan")}], r"entry \[1\]: score is nan; it must be a finite number"),
@@ -199,6 +202,11 @@ ENTRY = {"image_id": 12, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}
         ([ENTRY, {**ENTRY, "bbox": [5, 0, -1, 1]}], r"entry \[1\]: the box x1=5, .* has x2 < x1"),
         ([{**ENTRY, "bbox": [5, 0, 1]}], r"entry \[0\]: bbox is \[5, 0, 1\]; it must be a list of x, y, width, height"),
         ([ENTRY, {**ENTRY, "bbox": [5, 0, "1", 1]}], r"entry \[1\]: bbox is '1'; it must be a number"),
+        ([{**ENTRY, "score": True}], r"entry \[0\]: score is True; it must be a number"),
+        ([{**ENTRY, "image_id": None}], r"entry \[0\]: image_id is None; it must be a whole number or a string"),
+        ([{**ENTRY, "category_id": "1"}], r"entry \[0\]: category_id '1' is not in the annotations"),
+        ([ENTRY, {**ENTRY, "file_name": "000013.jpg"}], r"entry \[1\]: file_name '000013.jpg' is not in"),
+        ([{**ENTRY, "file_name": 5.5}], r"entry \[0\]: file_name is 5.5; it must be a string"),
     ],
 )
 def test_bad_coco_detections(tmp_path, truth, content, message):
@@ -206,6 +214,52 @@ def test_bad_coco_detections(tmp_path, truth, content, message):
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=f"detections.json[:,] {message}"):
         read_coco_detections(path, truth)
+
+
+def test_values_that_mean_the_same_to_pycocotools(tmp_path):
+    content = {
+        "images": [{"id": 1.0}, {"id": 2}],
+        "categories": [{"id": 1, "name": 7}],
+        "annotations": [
+            {"image_id": 1, "category_id": 1.0, "bbox": [0, 0, 1, 1], "iscrowd": True, "ignore": 1},
+            {"image_id": 2.0, "category_id": 1, "bbox": [0, 0, 1, 1], "iscrowd": 0.0, "ignore": 1},
+        ],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    truth = read_coco_truth(tmp_path / "a.json")
+    assert truth.images == ("1", "2") and truth.image.tolist() == [0, 1] and truth.classes == ("7",)
+    assert truth.difficult.tolist() == [True, False]  # pycocotools overwrites `ignore` with `iscrowd`
+
+
+def detections_in(tmp_path, truth, *entries):
+    box = {"category_id": truth.category_ids[0], "bbox": [0, 0, 1, 1], "score": 0.5}
+    (tmp_path / "d.json").write_text(json.dumps([{**box, **entry} for entry in entries]))
+    return read_coco_detections(tmp_path / "d.json", truth).image.tolist()
+
+
+def test_the_file_name_decides_which_image_is_meant(tmp_path):
+    """Ultralytics makes the id of a detection of the file's name, whatever id the annotations give that file."""
+    images = [{"id": i, "file_name": f"{8 - i:06d}.jpg"} for i in range(1, 8)]
+    content = {"images": images, "categories": [{"id": 1, "name": "cat"}], "annotations": []}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    truth = read_coco_truth(tmp_path / "a.json")
+    assert detections_in(tmp_path, truth, {"image_id": 2, "file_name": "000002.jpg"}, {"image_id": 2}) == [5, 1]
+    with pytest.raises(ValueError, match=r"entry \[0\]: file_name '000009.jpg' is not in the annotations"):
+        detections_in(tmp_path, truth, {"image_id": 2, "file_name": "000009.jpg"})
+    content["images"] = [{"id": 1, "file_name": "a/x.jpg"}, {"id": 2, "file_name": "b/x.jpg"}, {"id": 3}]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    truth = read_coco_truth(tmp_path / "a.json")
+    assert detections_in(tmp_path, truth, {"image_id": 2, "file_name": "x.jpg"}) == [1]  # both say so
+    assert detections_in(tmp_path, truth, {"image_id": 3, "file_name": "z.jpg"}) == [2]  # its file has no name
+    with pytest.raises(ValueError, match=r"entry \[0\]: file_name 'x.jpg' may be any of 1, 2 of the annotations"):
+        detections_in(tmp_path, truth, {"image_id": 9, "file_name": "x.jpg"})
+
+
+def test_a_number_that_two_ids_share_is_refused(tmp_path):
+    truth = voc_truth([annotation("12", CAT), annotation("012")])
+    assert detections_in(tmp_path, truth, {"image_id": "12"}, {"image_id": 12, "file_name": "012.jpg"}) == [1, 0]
+    with pytest.raises(ValueError, match=r"entry \[0\]: image_id 12 may be any of 012, 12 of the annotations"):
+        detections_in(tmp_path, truth, {"image_id": 12})
 
 
 IMAGE, CATEGORY = {"id": 1}, {"id": 1, "name": "cat"}
@@ -216,12 +270,33 @@ OBJECT = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}
     ("change", "message"),
     [
         ({"images": [IMAGE, {"id": 2}, IMAGE]}, "image id '1' comes twice"),
-        ({"images": [{"id": None}]}, r"images\[0\]: id is None; it must be a number or a string"),
+        ({"images": [{"id": None}]}, r"images\[0\]: id is None; it must be a whole number or a string"),
         ({"categories": [CATEGORY, {"id": 1, "name": "dog"}]}, "category id '1' comes twice"),
         ({"categories": [CATEGORY, {"id": 2, "name": "cat"}]}, "category name 'cat' comes twice"),
         ({"annotations": [OBJECT, {**OBJECT, "image_id": 5}]}, r"annotations\[1\]: image_id 5 is not in"),
         ({"annotations": [{**OBJECT, "category_id": 5}]}, r"annotations\[0\]: category_id 5 is not in"),
-        ({"annotations": [{**OBJECT, "bbox": [0, 0, 1, -1]}]}, r"annotations\[0\]: the box .* y2 < y1"),
+        ({"annotations": [{**OBJECT, "bbox": [0, 0, 1, -1], "area": 1}]}, r"annotations\[0\]: the box .* y2 < y1"),
+        ({"images": [IMAGE, {"id": 1.0}]}, "image id '1' comes twice"),
+        ({"images": [IMAGE, {"id": True}]}, r"images\[1\]: id is True"),
+        ({"images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "a"}]}, "image file 'a' comes twice"),
+        ({"images": [{"id": 1, "file_name": None}]}, "image 1: file_name is None; it must be a string"),
+        ({"categories": [{"id": 1, "name": None}]}, "category 1: name is None; it must be a string"),
+        *(
+            ({"annotations": [OBJECT, {**OBJECT, key: value}]}, rf"annotations\[1\]: {key} {message}")
+            for key, value, message in [
+                ("image_id", "1", "'1' is not in the annotations, which have 1"),
+                ("image_id", True, "is True; it must be a whole number or a string"),
+                ("category_id", None, "is None; it must be a whole number or a string"),
+                ("category_id", 1.5, "is 1.5; it must be a whole number or a string"),
+                ("bbox", [0, 0, True, 1], "is True; it must be a number"),
+                ("bbox", [0, 0, 10**400, 1], "is a number of 401 digits"),
+                ("area", None, "is None; it must be a number"),
+                ("area", -1, "is -1; it must be a finite number of at least 0"),
+                ("iscrowd", "0", "is '0'; it must be 0 or 1"),
+                ("iscrowd", None, "is None; it must be 0 or 1"),
+                ("iscrowd", 2, "is 2; it must be 0 or 1"),
+            ]
+        ),
         ({"annotations": None}, "expected an object with a list 'annotations'"),
     ],
 )
@@ -246,6 +321,16 @@ def test_bad_voc_detections(tmp_path, truth, line, message):
     (tmp_path / "comp4_det_test_dog.txt").write_text("")
     (tmp_path / "comp4_det_test_cat.txt").write_text(f"000012 0.5 1 1 5 5\n{line}\n")
     with pytest.raises(ValueError, match=f"comp4_det_test_cat.txt, {message}"):
+        read_voc_detections(tmp_path, truth)
+
+
+def test_encodings_of_voc_detections(tmp_path, truth):
+    (tmp_path / "comp4_det_test_dog.txt").write_text("")
+    path = tmp_path / "comp4_det_test_cat.txt"
+    path.write_bytes("000012 0.5 1 1 5 5\r\n".encode("utf-16"))
+    assert read_voc_detections(tmp_path, truth).boxes.tolist() == [[0, 0, 5, 5]]
+    path.write_bytes("000012 0.5 1 1 5 5\né 0.5 1 1 5 5\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"comp4_det_test_cat.txt, line 2: not a text file in UTF-8"):
         read_voc_detections(tmp_path, truth)
 
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from yolo_sos.evaluate import Detections, GroundTruth, Run, plot_curves, report_json, table, voc_ap
+from yolo_sos.evaluate import Detections, GroundTruth, Scores, plot_curves, report_json, table, voc_ap
 from yolo_sos.evaluate.report import notes
 
 
@@ -18,7 +18,7 @@ def truth():
 
 
 def run(name, cat, dog):
-    return Run(name, {"VOC10+": np.array([cat, dog, np.nan])}, {"detections": 3})
+    return Scores(name, {"VOC10+": np.array([cat, dog, np.nan])}, {"detections": 3})
 
 
 def test_table_of_one_run(truth):
@@ -61,7 +61,7 @@ def test_notes_name_what_is_undefined_or_unknown(truth):
     labels = GroundTruth.build(["cat"], ["i"], [0], [0], [[0, 0, 1, 1]])
     text = "\n".join(notes(labels, 0.5, 2))
     assert "Difficult flags are unknown" in text and "standard deviation of 2 runs" in text
-    assert "| cat      |       1 |         ? |" in table(labels, [Run("a", {"AP": np.array([1.0])})])
+    assert "| cat      |       1 |         ? |" in table(labels, [Scores("a", {"AP": np.array([1.0])})])
 
 
 @pytest.mark.parametrize("runs", [1, 2])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from ultralytics.cfg import DEFAULT_CFG_DICT
 
-from yolo_sos.config import SOSConfig
+from yolo_sos.config import KEYS
 from yolo_sos.experiment.arms import LEFT_OUT, find_experiment, read_arms
 
 
@@ -20,9 +20,19 @@ def test_an_arm_is_the_default_and_its_differences(experiment):
     assert changed == {"sos", "sos_guard", "sos_start"}
 
 
+def test_an_arm_builds_on_the_default_whether_it_names_it_or_not(experiment):
+    plain = read_arms(experiment)
+    for path in experiment / "shift.yaml", experiment / "baseline.yaml":
+        path.write_text(f"cfg: default.yaml\n{path.read_text()}")
+    assert read_arms(experiment) == plain
+    plain = plain["baseline"].config
+    (experiment / "baseline.yaml").write_text("# nothing else\n")
+    assert read_arms(experiment)["baseline"].config == plain
+
+
 def test_a_config_holds_every_setting(experiment):
     config = read_arms(experiment)["shift"].config
-    assert set(config) | set(LEFT_OUT) >= {*DEFAULT_CFG_DICT, *SOSConfig.keys()}
+    assert set(config) | set(LEFT_OUT) >= {*DEFAULT_CFG_DICT, *KEYS}
     assert config["momentum"] == DEFAULT_CFG_DICT["momentum"] and config["sos_interval"] == 5
     assert not {"seed", "device", "project", "name"} & config.keys()
 
@@ -54,7 +64,6 @@ def test_arms_may_lie_elsewhere_and_build_on_each_other(experiment):
         ("shift.yaml", "cfg: default.yaml\nsos_rnk: 3\n", r"shift.yaml: 'sos_rnk' .*sos_rank"),
         ("shift.yaml", "cfg: default.yaml\nsos_rank: -1\n", r"shift.yaml: 'sos_rank=-1' is invalid"),
         ("shift.yaml", "cfg: default.yaml\nepochs: many\n", r"shift.yaml: .*epochs"),
-        ("shift.yaml", "sos: true\n", r"shift.yaml: an arm builds on .*Add 'cfg: default.yaml'"),
         ("shift.yaml", "cfg: shift.yaml\n", r"shift.yaml: its 'cfg' leads back"),
         ("default.yaml", "data: coco8.yaml\n", r"default.yaml: it names no model. .*model="),
         ("default.yaml", "arms: nowhere\n", r"nowhere: there is no arm"),

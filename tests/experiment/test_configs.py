@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""The experiments that come along: every file resolves, and holds what it changes and nothing else."""
+"""The experiments of yolo-sos: every file resolves, holds what it changes and nothing else, and can be run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ultralytics.utils import YAML
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from yolo_sos.arguments import read_cfg
-from yolo_sos.config import CFG_DIR, SOSConfig, resolve_data, resolve_model
+from yolo_sos.builtin import CFG_DIR, resolve_data, resolve_model
+from yolo_sos.config import SOSConfig
 from yolo_sos.experiment.arms import DEFAULT, find_experiment, read_arms
 
 FOLDER = CFG_DIR / "experiments"
@@ -21,6 +22,7 @@ DEFAULTS = {str(path.parent.relative_to(FOLDER)): path for path in FILES.values(
 EXPERIMENTS = {name: path for name, path in DEFAULTS.items() if read_cfg(path).get("model")}  # others are built on
 CIFAR = {f"cifar/{model}-cifar{n}": n for model in ("vgg16bn", "resnet18", "densenet121", "vit") for n in (10, 100)}
 VOC = {"voc/yolov5s": "yolov5s.pt", "voc/yolov5x": "yolov5x.pt"}
+VOC07 = {"voc07": 3, "voc07/long": 10}
 
 
 def arms_folder(default: Path) -> Path:
@@ -29,7 +31,7 @@ def arms_folder(default: Path) -> Path:
 
 
 def test_the_experiments_are_there():
-    assert {*CIFAR, *VOC} <= EXPERIMENTS.keys()
+    assert {*CIFAR, *VOC, *VOC07} <= EXPERIMENTS.keys()
     used = {path for default in EXPERIMENTS.values() for path in arms_folder(default).glob("*.yaml")}
     assert set(FILES.values()) == used | set(DEFAULTS.values())  # no arm that nothing runs
 
@@ -48,13 +50,15 @@ def test_an_experiment_resolves(name):
     arms = read_arms(EXPERIMENTS[name].parent)
     assert next(iter(arms)) == "baseline" and len(arms) > 1
     assert not arms["baseline"].config["sos"]
-    configs = [arm.config for arm in arms.values()]  # read by the host's get_cfg and by SOSConfig
+    configs = [arm.config for arm in arms.values()]  # read by Ultralytics' get_cfg and by SOSConfig
     assert all(config not in configs[:i] for i, config in enumerate(configs))
     for config in configs:
         data, model = str(resolve_data(config["data"])), str(resolve_model(config["model"]))
         assert Path(data).is_file() or (data in {"cifar10", "cifar100"} and config["task"] == "classify")
         assert model.endswith(".pt") or yaml_model_load(model)
         assert config["optimizer"] != "auto"
+        if model.endswith(".pt"):  # one that Ultralytics downloads; it adds the u of YOLOv5u itself
+            assert {model, model.replace(".pt", "u.pt")} & GITHUB_ASSETS_NAMES
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -65,7 +69,7 @@ def test_an_arm_holds_only_what_it_changes(name):
         if path.name == DEFAULT:
             continue
         content = YAML.load(path)
-        base = content.pop("cfg")
+        base = content.pop("cfg", DEFAULT)
         below = {**shared, **({} if base == DEFAULT else read_cfg(path.parent / base, default))}
         assert content and all(key not in below or below[key] != value for key, value in content.items()), path
         assert {"model", "data", "epochs", "seed"}.isdisjoint(content), path
@@ -103,3 +107,25 @@ def test_voc_is_the_recipe_for_fine_tuning(name):
     assert arms["sos"].differences == ("sos",)
     ours = SOSConfig.from_dict({"sos": True}).to_dict()
     assert {k: arms["sos"].config[k] for k in ours} == ours
+
+
+@pytest.mark.parametrize("name", VOC07)
+def test_voc07_is_the_same_recipe_sized_for_a_cpu(name):
+    arms = read_arms(EXPERIMENTS[name].parent)
+    assert list(arms) == ["baseline", "rows-balanced", "rows-uniform", "sam", "sos", "sos-middle", "swa"]
+    recipe = read_cfg(FOLDER / "voc/default.yaml")
+    sized = {"data": "VOC07.yaml", "model": "yolov8n.pt", "imgsz": 320, "epochs": VOC07[name], "warmup_epochs": 0.5}
+    shared = {**recipe, **sized, "mosaic": 0, "mixup": 0, "val": False, "workers": 0}
+    for arm in arms.values():
+        assert {k: v for k, v in arm.config.items() if k in shared and k not in arm.differences} == {
+            k: v for k, v in shared.items() if k not in arm.differences
+        }
+    assert arms["sos"].differences == ("sos",)
+    assert arms["sos-middle"].differences == ("sos", "sos_interval", "sos_start")
+    uniform, balanced = (arms[f"rows-{weighting}"].config for weighting in ("uniform", "balanced"))
+    assert {key for key in uniform if uniform[key] != balanced[key]} == {"sos_weighting"}
+    assert (balanced["sos_weighting"], uniform["sos_weighting"]) == ("balanced", "uniform")
+    published = read_arms(EXPERIMENTS["voc/yolov5s"].parent)["rows"].config
+    assert all(uniform[key] == value for key, value in published.items() if key.startswith("sos"))
+    assert arms["sam"].differences == ("sharpness_aware",)
+    assert (arms["swa"].config["lrf"], arms["swa"].config["swa"]) == (1.0, 0.5)  # constant, as published

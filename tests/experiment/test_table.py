@@ -257,6 +257,33 @@ def test_a_run_without_a_number_is_not_passed_over(tmp_path):
     assert row["mean"] is None and row["values"]["1"] is None and row["values"]["2"] is not None
 
 
+def test_a_model_that_no_shift_reached_is_not_compared(tmp_path):
+    same = record("principal", 1)["metrics"] | record("baseline", 1)["metrics"]
+    lost = record("principal", 1, shifted=False, metrics=same, norm2=19.0)
+    write(tmp_path, *grid(3, shifted=None), *grid(3, ["principal"], shifted=True), lost)
+    folder = ResultTable(NAME, tmp_path).run()
+    text = (folder / "table.md").read_text(encoding="utf-8")
+    assert "- principal-1.json: its arm shifts, but no shift reached the model that was judged" in text
+    assert section(text, "test mAP50-95(B)")["principal"][1] == "3, 2 paired"
+    line = read_csv(folder)["test", MAIN, "principal"]
+    paired = [value("principal", s, "test") - value("baseline", s, "test") for s in (0, 2)]
+    assert float(line["diff"]) == pytest.approx(np.mean(paired)) and line["n_pairs"] == "2"
+    arms = json.loads((folder / "table.json").read_text())["arms"]
+    assert arms["principal"]["shifted"] == [True, False, True] and arms["rows"]["shifted"] == [None] * 3
+    assert arms["principal"]["norm2_ratio"]["max"] < 0.6  # that of the unshifted model would be 1
+
+    write(tmp_path, *(record("principal", s, shifted=False) for s in range(3)))
+    row = section(ResultTable(NAME, tmp_path).markdown(), "test mAP50-95(B)")["principal"]
+    assert row[1] == "3, 0 paired" and row[3:] == ["–"] * 5
+
+
+def test_an_arm_may_be_called_anything_that_a_file_may(tmp_path):
+    write(tmp_path, *grid(2, ["baseline"]), *({**record("rows", s), "arm": "ca$$h"} for s in range(2)))
+    folder = ResultTable(NAME, tmp_path).run()
+    assert "ca$$h" in section((folder / "table.md").read_text(encoding="utf-8"), "test mAP50-95(B)")
+    assert cv2.imread(str(folder / "table.png")) is not None
+
+
 def test_metrics_of_a_classifier(tmp_path):
     metrics = {"val": {"metrics/accuracy_top1": 0.5, "metrics/accuracy_top5": 0.9, "fitness": 0.7}}
     write(tmp_path, *grid(2, metrics=metrics))
@@ -344,6 +371,7 @@ def put(*place):
         (put("differences", ["sos", "sos_start"]), "'config' lacks \"sos_start\", which 'differences' names"),
         (put("wall_time", 0), "'wall_time' must be a number of seconds above 0, not 0"),
         (put("norm2", "7"), "'norm2' must be a number above 0, or null, not \"7\""),
+        (put("shifted", 3), "'shifted' must be true, false or null, not 3"),
         (put("norm2", -1.0), "'norm2' must be a number above 0, or null, not -1.0"),
         (put("metrics", {"test": {MAIN: 0.4}}), "'metrics.val' is missing"),
         (put("metrics", "test", [0.4]), r"'metrics.test' must hold a value per metric, not \[0.4\]"),

@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""The table in results/faults.md, made of the marks of the tests."""
+"""The table in docs/faults.md, made of the marks of the tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = ROOT / "results/faults.md"
+TABLE = ROOT / "docs/faults.md"
 collected = pytest.StashKey[list]()
 
 # Tests elsewhere, by file and name: what they inject, and what must follow
@@ -113,7 +113,7 @@ FAULTS_ELSEWHERE = {
 
 
 def table(items: list[pytest.Item]) -> str:
-    """Return results/faults.md for the tests of this folder."""
+    """Return docs/faults.md for the tests of this folder."""
     folder = Path(__file__).resolve().parent
     items = [item for item in items if item.path.parent == folder]
     parts = [

@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""results/faults.md lists what the suite tests, no more and no less."""
+"""docs/faults.md lists what the suite tests, no more and no less."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class InputCapture:
         self.clear()
 
     def clear(self) -> None:
-        """Release what was captured, such as that of a forward pass for warming up."""
+        """Release what was captured."""
         self._inputs = {}
 
     def take(self) -> dict[str, Tensor]:

@@ -166,10 +166,16 @@ class Engine:
                 self.watch.lap("forward")
                 add(batch, output, inputs)
                 del output, inputs
+                capture.clear()  # of what ran the layers once more, such as a replayed loss
                 self.watch.lap(phase)
 
-    def fit(self, batches: Iterable[Any]) -> None:
+    def fit(self, batches: Iterable[Any], observe: Callable[[Any, Any, dict[str, Tensor]], None] | None = None) -> None:
         """Accumulate what the methods need of the final layers' inputs.
+
+        Args:
+            batches (Iterable): Batches of the task, read once.
+            observe (Callable, optional): Called with each batch, its output and the inputs of all layers, as ``add`` of
+                ``run``, for what else is to be measured in the same pass.
 
         Raises:
             ValueError: If no batch had a row.
@@ -193,6 +199,8 @@ class Engine:
                         accumulator.update(rows.of(layer), weights)
                     else:
                         accumulator.update(rows.of(layer), groups, weights)
+            if observe is not None:
+                observe(batch, output, inputs)
 
         self.run(batches, add, "rows")
         if not any(a.rows for of in self._accumulators.values() for a in of.values()):

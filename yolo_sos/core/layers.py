@@ -160,9 +160,9 @@ def last_layer(model: nn.Module, run: Callable[[], Any]) -> FinalLayer:
     handles = [
         module.register_forward_hook(lambda *_, name=name: order.append(name))  # type: ignore[misc]
         for name, module in model.named_modules()
+        if "quantized" in type(module).__module__
         # A module that has others returns after they do, whatever it uses its own parameters for.
-        if set(module._modules) <= {"parametrizations"}
-        and (next(module.parameters(), None) is not None or "quantized" in type(module).__module__)
+        or (set(module._modules) <= {"parametrizations"} and next(module.parameters(), None) is not None)
     ]
     try:
         run()

@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""From a Pascal VOC tree to a YOLO data set, right to the pixel convention.
+"""Convert Pascal VOC trees to a YOLO data set, true to VOC's pixel convention.
 
 A VOC box counts pixels from 1 and includes its last one, so the box covers [xmin - 1, xmax] of the image's width in
 continuous coordinates. (The stock VOC.yaml of Ultralytics makes boxes one pixel small and half a pixel off.)
@@ -8,7 +8,7 @@ What is written, with links to the images and annotations where the file system 
 
     data.yaml                       train, val, test, names, and voc: annotations
     images/{split}/{id}.jpg
-    labels/{split}/{id}.txt         what is trained on: neither difficult nor degenerate objects
+    labels/{split}/{id}.txt         what is trained on: no difficult objects, no boxes without area
     difficult/{split}/{id}.txt      the difficult objects, in the same format; no file where there are none
     annotations/{split}/{id}.xml    the VOC annotations, for an evaluator that knows about difficult objects
 """
@@ -21,30 +21,14 @@ from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
 
-from PIL import Image
-from ultralytics.data.utils import IMG_FORMATS, exif_size
+from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.utils import LOGGER, TQDM, YAML
 
-from yolo_sos.data.voc import VOCAnnotation, read_annotation, read_image_set
+from yolo_sos.data.images import image_size
+from yolo_sos.data.voc import Box, Selection, VOCAnnotation, read_annotation, read_image_set
 from yolo_sos.files import link, new_folder, write_text
 
-Box = tuple[float, float, float, float]
 SPLITS: Mapping[str, Sequence[str]] = {"train": ["train"], "val": ["val"], "test": ["test"]}
-
-
-@dataclass(frozen=True)
-class DegenerateBox:
-    """An object that was left out because its box has no area.
-
-    Attributes:
-        path (Path): The annotation.
-        name (str): Class of the object.
-        box (tuple[float, float, float, float]): xmin, ymin, xmax, ymax as in the file.
-    """
-
-    path: Path
-    name: str
-    box: Box
 
 
 @dataclass(frozen=True)
@@ -69,13 +53,14 @@ class ConversionReport:
     Attributes:
         names (tuple[str, ...]): Class names by class index.
         splits (dict[str, SplitCounts]): Counts by split.
-        degenerate (tuple[DegenerateBox, ...]): Objects left out.
+        noted (dict[str, tuple[str, ...]]): Where boxes have no area (``no area``: left out), where objects are
+            repeated (``twice``) and where flags are words (``words``): see `yolo_sos.data.voc.Selection`.
         resized (tuple[Path, ...]): Annotations whose size is not that of their image. The image's size is used.
     """
 
     names: tuple[str, ...]
     splits: dict[str, SplitCounts]
-    degenerate: tuple[DegenerateBox, ...]
+    noted: dict[str, tuple[str, ...]]
     resized: tuple[Path, ...]
 
 
@@ -140,20 +125,7 @@ def write_yolo(
     names: Sequence[str] | Mapping[int, str] | None = None,
     copy: bool = False,
 ) -> ConversionReport:
-    """Do what `convert_voc` does in a folder that exists, for builders of data sets that have more to write there.
-
-    Args:
-        folder (Path): The folder to fill.
-        roots (str | Path | Sequence[str | Path]): As for `convert_voc`, as are the rest and the exceptions.
-        splits (Mapping[str, str | Sequence[str]]): See there.
-        val_share (float | None): See there.
-        seed (int): See there.
-        names (Sequence[str] | Mapping[int, str] | None): See there.
-        copy (bool): See there.
-
-    Returns:
-        (ConversionReport): What was found.
-    """
+    """Do what `convert_voc` does in a folder that exists, for builders of data sets that have more to write there."""
     if val_share is not None and not ("val" not in splits and 0 < val_share < 1):
         raise ValueError(f"val_share={val_share}: 'val' is a share of 'train', above 0 and below 1, or one of splits")
     if not {"train", "val"} <= {*splits, *(["val"] if val_share else [])} <= {"train", "val", "test"}:
@@ -168,32 +140,20 @@ def write_yolo(
     writer = _Writer(folder, {name: i for i, name in enumerate(classes)}, copy)
     counts = {split: writer.write_split(split, of_split) for split, of_split in samples.items()}
     YAML.save(
-        folder / "data.yaml",  # no path: the host takes the file's own folder, so the data set can be moved
+        folder / "data.yaml",  # no path: Ultralytics takes the file's own folder, so the data set can be moved
         {**{s: f"images/{s}" for s in samples}, "names": dict(enumerate(classes)), "voc": "annotations"},
     )
-    return ConversionReport(classes, counts, tuple(writer.degenerate), tuple(writer.resized))
+    for note in writer.selection.notes():
+        LOGGER.warning(f"{', '.join(map(str, trees))}: {note}")
+    if resized := writer.resized:
+        LOGGER.warning(f"Annotations state another size than their image has ({len(resized)}), such as {resized[0]}")
+    noted = {kind: tuple(places) for kind, places in writer.selection.noted.items() if places}
+    return ConversionReport(classes, counts, noted, tuple(resized))
 
 
-def yolo_box(box: Box, width: int, height: int) -> Box | None:
-    """Turn a VOC box into a YOLO box.
-
-    Args:
-        box (tuple[float, float, float, float]): xmin, ymin, xmax, ymax: pixels, 1-based, inclusive.
-        width (int): Width of the image in pixels.
-        height (int): Height of the image in pixels.
-
-    Returns:
-        (tuple[float, float, float, float] | None): Centre x, centre y, width, height of the part within the image, as
-            fractions of the image's size; None if the box is degenerate. A box whose corners share a row or a column
-            counts as such: a slip of the mouse, although the convention gives it one pixel.
-    """
-    xmin, ymin, xmax, ymax = box
-    if xmin >= xmax or ymin >= ymax:
-        return None
-    left, right = max(xmin - 1, 0), min(xmax, width)
-    top, bottom = max(ymin - 1, 0), min(ymax, height)
-    if left >= right or top >= bottom:  # outside
-        return None
+def yolo_box(box: Box, width: int, height: int) -> Box:
+    """Return x1, y1, x2, y2 in pixels from 0 as centre x, centre y, width and height in shares of the image's size."""
+    left, top, right, bottom = box
     return (left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height
 
 
@@ -257,7 +217,10 @@ def _warn_of_overlap(samples: Mapping[str, Sequence[_Sample]]) -> None:
 def _class_names(
     names: Sequence[str] | Mapping[int, str] | None, samples: Mapping[str, Sequence[_Sample]]
 ) -> tuple[str, ...]:
-    """Check the class names against the objects, or collect them from there."""
+    """Check the class names against the objects, or collect them from there.
+
+    Objects whose box has no area count too: which ones those are depends on the images.
+    """
     where = {o.name: s.xml for of_split in samples.values() for s in of_split for o in s.annotation.objects}
     if names is None:
         if not where:
@@ -276,11 +239,11 @@ def _class_names(
 
 
 class _Writer:
-    """Writes splits and notes what it finds amiss."""
+    """Writes splits, and notes what is odd about them."""
 
     def __init__(self, folder: Path, index: Mapping[str, int], copy: bool):
         self.folder, self.index, self.copy = folder, index, copy
-        self.degenerate: list[DegenerateBox] = []
+        self.selection = Selection()
         self.resized: list[Path] = []
 
     def write_split(self, split: str, samples: Sequence[_Sample]) -> SplitCounts:
@@ -300,28 +263,20 @@ class _Writer:
         return SplitCounts(len(samples), n_boxes, n_difficult)
 
     def _label_lines(self, sample: _Sample) -> tuple[list[str], list[str]]:
-        """Label lines of the objects to train on, and of the difficult ones."""
-        width, height = self._size(sample)
+        """Return the label lines of the objects to train on, and of the difficult ones."""
+        size = self._size(sample)
         lines: tuple[list[str], list[str]] = [], []
-        for o in sample.annotation.objects:
-            box = yolo_box(o.box, width, height)
-            if box is None:
-                self.degenerate.append(DegenerateBox(sample.xml, o.name, o.box))
-                LOGGER.warning(f"{sample.xml}: box {o.box} of a '{o.name}' has no area in the image; left out")
-            else:
-                # 8 decimals: a millionth of a pixel, where the host's float32 keeps a ten-thousandth
-                lines[o.difficult].append(" ".join([str(self.index[o.name]), *(f"{v:.8f}" for v in box)]) + "\n")
+        for i, box in self.selection.of(sample.annotation, size).items():
+            o = sample.annotation.objects[i]
+            # 8 decimals: a millionth of a pixel, where the float32 of Ultralytics keeps a ten-thousandth
+            numbers = " ".join(f"{v:.8f}" for v in yolo_box(box, *size))
+            lines[o.difficult].append(f"{self.index[o.name]} {numbers}\n")
         return lines
 
     def _size(self, sample: _Sample) -> tuple[int, int]:
-        """Width and height of the image as the host will load it, which is what boxes are fractions of."""
-        try:
-            with Image.open(sample.image) as image:
-                size = exif_size(image)
-        except (OSError, ImportError) as e:  # ImportError: the host takes what it cannot read for HEIF
-            raise ValueError(f"{sample.image}: not a readable image: {e}") from e
+        """Return width and height of the image; note where the annotation states others."""
+        size = image_size(sample.image)
         stated = sample.annotation.width, sample.annotation.height
         if all(stated) and stated != size:
             self.resized.append(sample.xml)
-            LOGGER.warning(f"{sample.xml}: says {stated[0]}x{stated[1]}, but its image has {size[0]}x{size[1]} pixels")
         return size

@@ -10,7 +10,6 @@ training objects bear the name of another class, as annotators' mistakes do; val
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,9 +19,10 @@ import cv2
 import numpy as np
 from ultralytics.utils import TQDM
 
-from yolo_sos.data.convert import SPLITS, write_yolo
+from yolo_sos.data.convert import write_yolo
+from yolo_sos.data.once import build_once
 from yolo_sos.data.voc import VOCAnnotation, VOCObject, write_annotation
-from yolo_sos.files import new_folder, write_text
+from yolo_sos.files import write_text
 
 DRAWING = 1  # raise it when the same options give other images, so that sets of an earlier version are not reused
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}  # of the source digits
@@ -115,15 +115,12 @@ def build(
     if label_noise:  # without, a set is what it was before there was such an option, and is reused
         options["label_noise"] = label_noise
     _check(counts, imgsz, digits, seed, label_noise)
-    if not _is_built(path, options):
-        try:
-            with new_folder(path) as folder:
-                _write_voc(folder / "voc", counts, imgsz, digits, seed, label_noise)
-                write_yolo(folder, folder / "voc", splits=SPLITS, names=NAMES)
-                write_text(folder / "digits.json", json.dumps(options, indent=2) + "\n")
-        except FileExistsError:
-            if not _is_built(path, options):  # or else another process was faster, and its set is as good
-                raise
+
+    def fill(folder: Path) -> None:
+        _write_voc(folder / "voc", counts, imgsz, digits, seed, label_noise)
+        write_yolo(folder, folder / "voc", names=NAMES)
+
+    build_once(path, "digits.json", options, fill)
     return path / "data.yaml"
 
 
@@ -205,14 +202,6 @@ def _check(counts: Mapping[str, int], imgsz: int, digits: tuple[int, int], seed:
         raise ValueError(f"seed={seed}: at least 0")
     if not 0 <= label_noise <= 1:
         raise ValueError(f"label_noise={label_noise}: a probability, 0 to 1")
-
-
-def _is_built(path: Path, options: Mapping[str, object]) -> bool:
-    """Whether the data set is there. It appears as a whole, so its options stand for all of it."""
-    try:
-        return json.loads((path / "digits.json").read_text(encoding="utf-8")) == options
-    except (OSError, ValueError):
-        return False
 
 
 @lru_cache(maxsize=1)

@@ -11,7 +11,7 @@ import numpy as np
 from yolo_sos.data.digits import NAMES, source_digits, split_source
 from yolo_sos.data.image_folder import Split, build_image_folder
 
-SIZE = 32  # pixels; the host takes no image below 10, and the digits have 8
+SIZE = 32  # pixels; Ultralytics takes no image below 10, and the digits have 8
 
 
 def build(path: str | Path | None = None, *, seed: int = 0) -> Path:

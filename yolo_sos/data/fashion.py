@@ -9,6 +9,7 @@ has https://github.com/zalandoresearch/fashion-mnist, MIT license. Source of the
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def read_idx(path: str | Path) -> np.ndarray:
     """
     try:
         data = gzip.decompress(Path(path).read_bytes()) if str(path).endswith(".gz") else Path(path).read_bytes()
-    except (EOFError, gzip.BadGzipFile) as e:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise ValueError(f"{path}: not a whole gzip file ({e})") from e
     # Two zero bytes, the type (8: unsigned bytes), the number of dimensions, and each as 4 bytes, big-endian.
     if len(data) < 4 or data[:3] != b"\0\0\x08":

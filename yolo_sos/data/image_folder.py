@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from yolo_sos.files import new_folder, write_text
+from yolo_sos.data.once import build_once
 
 Split = tuple[np.ndarray, np.ndarray]  # images (n, H, W) uint8, labels (n,)
 
@@ -33,17 +32,13 @@ def build_image_folder(
     Raises:
         FileExistsError: If `path` holds something else, be it the set with other options.
     """
-    path = Path(path)
-    if not _is_built(path, options):
-        try:
-            with new_folder(path) as folder:
-                for split, (images, labels) in splits().items():
-                    _write_split(folder / split, images, labels, names)
-                write_text(folder / "options.json", json.dumps(options, indent=2) + "\n")
-        except FileExistsError:
-            if not _is_built(path, options):  # or else another process was faster, and its set is as good
-                raise
-    return path
+
+    def fill(folder: Path) -> None:
+        for split, (images, labels) in splits().items():
+            _write_split(folder / split, images, labels, names)
+
+    build_once(Path(path), "options.json", options, fill)
+    return Path(path)
 
 
 def draw_split(labels: np.ndarray, counts: Mapping[str, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -83,11 +78,3 @@ def _write_split(folder: Path, images: np.ndarray, labels: np.ndarray, names: Se
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         _, data = cv2.imencode(".png", image)
         (folder / names[label] / f"{i:05d}.png").write_bytes(data.tobytes())
-
-
-def _is_built(path: Path, options: Mapping[str, object]) -> bool:
-    """Whether the set is there. It appears as a whole, so its options stand for all of it."""
-    try:
-        return json.loads((path / "options.json").read_text(encoding="utf-8")) == json.loads(json.dumps(options))
-    except (OSError, ValueError):
-        return False

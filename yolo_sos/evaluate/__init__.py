@@ -1,12 +1,13 @@
 # yolo-sos, AGPL-3.0
-"""An independent judge of detections: arrays in, numbers out, nothing of the trainer's in between.
+"""Detection metrics on arrays, files of ground truth and detections, and ``yolo-sos eval`` on top of them.
 
     truth = read_coco_truth("annotations.json")
     found = read_coco_detections("detections.json", truth)
     mean_ap(voc_ap(truth, found).ap), coco_ap(truth, found).stats["AP"]
 
 `boxes` holds the data and the convention of coordinates, `voc` the devkit's metric, `coco` COCO's, `voc_files` and
-`coco_files` what goes to disk, `report` and `plot` what is shown. `tools/eval_voc.py` is the command on top.
+`coco_files` the files, `report` and `plot` what is shown. None of these needs Ultralytics or torch; `detections`, which
+runs a model over a data set, and `command` do, and are not imported here.
 """
 
 from yolo_sos.evaluate.boxes import Detections, GroundTruth, snap
@@ -18,7 +19,7 @@ from yolo_sos.evaluate.coco_files import (
     write_coco_truth,
 )
 from yolo_sos.evaluate.plot import plot_curves
-from yolo_sos.evaluate.report import Run, report_json, table
+from yolo_sos.evaluate.report import Scores, report_json, table
 from yolo_sos.evaluate.voc import Curve, VOCResult, mean_ap, voc_ap
 from yolo_sos.evaluate.voc_files import read_voc_detections, voc_truth, write_voc_detections
 
@@ -27,7 +28,7 @@ __all__ = [
     "Curve",
     "Detections",
     "GroundTruth",
-    "Run",
+    "Scores",
     "VOCResult",
     "coco_ap",
     "mean_ap",

@@ -37,11 +37,13 @@ class GroundTruth:
         image (np.ndarray): Index into `images` of each object's image, int64, shape (G,).
         label (np.ndarray): Index into `classes` of each object's class, int64, shape (G,).
         boxes (np.ndarray): Boxes, float64, shape (G, 4).
-        difficult (np.ndarray): Objects that are neither to be found nor to be missed, bool, shape (G,).
+        difficult (np.ndarray): Objects that evaluation neither rewards nor punishes, bool, shape (G,).
         area (np.ndarray): Areas by which COCO sorts objects into small, medium and large, float64, shape (G,).
-        category_ids (tuple[int, ...]): COCO's ids of the classes.
+        category_ids (tuple[int | str, ...]): COCO's ids of the classes.
         stems (tuple[str, ...]): Names of the image files without folder and suffix.
         difficult_known (bool): False where the source has no such flag, so that `difficult` is all False.
+        image_ids (tuple[int | str, ...]): COCO's ids of the images.
+        remarks (tuple[str, ...]): Sentences on what is odd about the source, for whoever reads the numbers.
     """
 
     classes: tuple[str, ...]
@@ -51,9 +53,11 @@ class GroundTruth:
     boxes: np.ndarray
     difficult: np.ndarray
     area: np.ndarray
-    category_ids: tuple[int, ...]
+    category_ids: tuple[int | str, ...]
     stems: tuple[str, ...]
     difficult_known: bool = True
+    image_ids: tuple[int | str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @classmethod
     def build(
@@ -66,8 +70,10 @@ class GroundTruth:
         difficult: ArrayLike | None = None,
         *,
         area: ArrayLike | None = None,
-        category_ids: Sequence[int] | None = None,
+        category_ids: Sequence[int | str] | None = None,
+        image_ids: Sequence[int | str] | None = None,
         stems: Sequence[str] | None = None,
+        remarks: Sequence[str] = (),
         where: Callable[[int], str] = "object {}".format,
     ) -> GroundTruth:
         """Make a ground truth of anything array-like, and check it.
@@ -80,8 +86,11 @@ class GroundTruth:
             boxes (ArrayLike): Boxes, shape (G, 4).
             difficult (ArrayLike | None): Flags, shape (G,); None if the source has none.
             area (ArrayLike | None): Areas in square pixels, shape (G,); those of the boxes by default.
-            category_ids (Sequence[int] | None): COCO's ids of the classes; 1, 2, ... by default, as Ultralytics has it.
+            category_ids (Sequence[int | str] | None): COCO's ids of the classes; 1, 2, ... by default, as Ultralytics
+                has it.
+            image_ids (Sequence[int | str] | None): COCO's ids of the images; `images` by default.
             stems (Sequence[str] | None): Names of the image files without folder and suffix; the ids by default.
+            remarks (Sequence[str]): Sentences on what is odd about the source.
             where (Callable[[int], str]): Names the place of an object, for errors.
 
         Returns:
@@ -109,7 +118,19 @@ class GroundTruth:
             category_ids=tuple(range(1, len(classes) + 1) if category_ids is None else category_ids),
             stems=tuple(images if stems is None else stems),
             difficult_known=difficult is not None,
+            image_ids=tuple(images if image_ids is None else image_ids),
+            remarks=tuple(remarks),
         )
+
+    def repeated(self) -> np.ndarray:
+        """Return which objects repeat class and box of an earlier one in their image that is as difficult, shape (G,).
+
+        Ultralytics drops them from its labels; VOC's and COCO's metrics count each.
+        """
+        rows = np.column_stack([self.image, self.label, self.difficult, self.boxes])
+        repeated = np.ones(len(rows), bool)
+        repeated[np.unique(rows, axis=0, return_index=True)[1]] = False
+        return repeated
 
     def positives(self) -> np.ndarray:
         """Count the objects of each class that are to be found, int64, shape (K,): difficult ones do not count."""

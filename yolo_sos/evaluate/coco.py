@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,20 +130,24 @@ def load_backend(backend: str) -> tuple[Any, Any]:
     return data_set, evaluator
 
 
-def coco_dataset(truth: GroundTruth) -> dict[str, Any]:
-    """Return the ground truth as a COCO data set whose ids of images, categories and objects count from 1."""
+def coco_dataset(
+    truth: GroundTruth, image_ids: Sequence[int | str] | None = None, category_ids: Sequence[int | str] | None = None
+) -> dict[str, Any]:
+    """Return the ground truth as a COCO data set, with the ids of images and categories that are given, or 1, 2, ..."""
+    images = range(1, len(truth.images) + 1) if image_ids is None else image_ids
+    categories = range(1, len(truth.classes) + 1) if category_ids is None else category_ids
     corner, size = truth.boxes[:, :2], truth.boxes[:, 2:] - truth.boxes[:, :2]
     columns = (
-        (truth.image + 1).tolist(),
-        (truth.label + 1).tolist(),
+        [images[i] for i in truth.image],
+        [categories[k] for k in truth.label],
         np.concatenate([corner, size], axis=1).tolist(),
         truth.area.tolist(),
         truth.difficult.astype(int).tolist(),
     )
     return {
         "info": {},
-        "images": [{"id": i, "file_name": name} for i, name in enumerate(truth.stems, start=1)],
-        "categories": [{"id": k, "name": name} for k, name in enumerate(truth.classes, start=1)],
+        "images": [{"id": i, "file_name": name} for i, name in zip(images, truth.stems, strict=True)],
+        "categories": [{"id": k, "name": name} for k, name in zip(categories, truth.classes, strict=True)],
         "annotations": [  # an id of 0 would read as "not matched"
             {"id": i, "image_id": image, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
             for i, (image, label, box, area, crowd) in enumerate(zip(*columns, strict=True), start=1)

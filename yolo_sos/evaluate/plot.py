@@ -50,7 +50,8 @@ def plot_curves(
             axis.plot(recall, envelope, drawstyle="steps-pre", color=f"C{i % 10}", linewidth=1.2)
         ap = np.array([r.ap[k] for r in results])
         spread = f" ± {ap.std(ddof=1):.3f}" if len(ap) > 1 else ""
-        axis.set_title(name if np.isnan(ap).any() else f"{name}  {ap.mean():.3f}{spread}", fontsize=9)
+        title = name if np.isnan(ap).any() else f"{name}  {ap.mean():.3f}{spread}"
+        axis.set_title(title, fontsize=9, parse_math=False)  # a class may be called Ba$$in
         axis.set(xlim=(0, 1), ylim=(0, 1.02))
         axis.grid(alpha=0.3)
     for axis in axes[len(classes) :]:
@@ -61,7 +62,9 @@ def plot_curves(
     )
     if len(results) > 1 and runs:
         lines = [Line2D([], [], color=f"C{i % 10}") for i in range(len(results))]
-        figure.legend(lines, runs, loc="outside lower center", fontsize=8)
+        legend = figure.legend(lines, runs, loc="outside lower center", fontsize=8)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
 

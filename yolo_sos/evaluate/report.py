@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""What is shown of an evaluation: a table for eyes, a dictionary for JSON, and why the numbers differ."""
+"""Present an evaluation: as a table, as JSON, and in notes on why the metrics differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from yolo_sos.markdown import markdown_table, mean_std
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class Scores:
     """The numbers of one set of detections.
 
     Attributes:
@@ -34,12 +34,12 @@ class Run:
         return {metric: mean_ap(ap) for metric, ap in self.ap.items()}
 
 
-def table(truth: GroundTruth, runs: Sequence[Run]) -> str:
+def table(truth: GroundTruth, runs: Sequence[Scores]) -> str:
     """Lay out AP by class and metric, and with several runs also by run, as aligned Markdown.
 
     Args:
         truth (GroundTruth): Gives the classes and their numbers of objects.
-        runs (Sequence[Run]): At least one, all with the same metrics; several give mean ± sample standard deviation.
+        runs (Sequence[Scores]): At least one, all with the same metrics; several give mean ± sample standard deviation.
 
     Returns:
         (str): One table, or two with a blank line between, each line ended.
@@ -60,12 +60,12 @@ def table(truth: GroundTruth, runs: Sequence[Run]) -> str:
     return text
 
 
-def report_json(truth: GroundTruth, runs: Sequence[Run], **header: Any) -> dict[str, Any]:
+def report_json(truth: GroundTruth, runs: Sequence[Scores], **header: Any) -> dict[str, Any]:
     """Return everything in a form that JSON can hold; what is undefined is None.
 
     Args:
         truth (GroundTruth): Gives the classes and their numbers of objects.
-        runs (Sequence[Run]): At least one, all with the same metrics.
+        runs (Sequence[Scores]): At least one, all with the same metrics.
         **header (Any): What comes first, such as the command and the versions.
 
     Returns:
@@ -118,6 +118,12 @@ def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
         "Ultralytics interpolates linearly between the points of the curve before it averages at 101 recalls, and "
         "leaves difficult objects out of its labels, so that a detection on one is false.",
     ]
+    lines += truth.remarks
+    if repeated := np.count_nonzero(truth.repeated() & ~truth.difficult):
+        lines.append(
+            f"Objects repeat the class and box of another one ({repeated}): VOC and COCO count them, the columns "
+            "of Ultralytics do not, as its labels hold each object once."
+        )
     if not truth.difficult_known:
         lines.append(
             "Difficult flags are unknown: YOLO labels do not hold them, so every object counts as one to be found."

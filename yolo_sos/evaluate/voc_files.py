@@ -11,72 +11,62 @@ prints six decimals; here numbers are written with as many as it takes to read t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
+from yolo_sos.data.voc import NO_AREA, WORDS, Selection, VOCAnnotation
 from yolo_sos.evaluate.boxes import Detections, GroundTruth, snap
-from yolo_sos.files import write_text
+from yolo_sos.files import read_text, write_text
 
 _TO_CONTINUOUS = np.array([-1.0, -1.0, 0.0, 0.0])  # the first pixel covers [0, 1], see boxes.py
 
 
-class AnnotatedObject(Protocol):
-    """One object of a VOC annotation: its box is xmin, ymin, xmax, ymax as in the file."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def box(self) -> tuple[float, float, float, float]: ...
-    @property
-    def difficult(self) -> bool: ...
-
-
-class Annotation(Protocol):
-    """What one VOC annotation says of its image, such as `yolo_sos.data.voc.VOCAnnotation`."""
-
-    @property
-    def image_id(self) -> str: ...
-    @property
-    def objects(self) -> Sequence[AnnotatedObject]: ...
-
-
-def voc_truth(annotations: Iterable[Annotation], classes: Sequence[str] | None = None, source: str = "") -> GroundTruth:
+def voc_truth(
+    annotations: Iterable[VOCAnnotation],
+    classes: Sequence[str] | None = None,
+    sizes: Callable[[str], tuple[float, float]] | None = None,
+) -> GroundTruth:
     """Make a ground truth of VOC annotations.
 
+    Boxes without area within their image are left out, as by the converter, and the remarks say so.
+
     Args:
-        annotations (Iterable[Annotation]): One per image.
+        annotations (Iterable[VOCAnnotation]): One per image.
         classes (Sequence[str] | None): Names of the classes; by default those that occur, sorted.
-        source (str): Folder of the XML files, for errors.
+        sizes (Callable[[str], tuple[float, float]] | None): Gives width and height in pixels of the image of an id;
+            without it, a box to the right of its image, or below it, is not found out.
 
     Returns:
         (GroundTruth): Images sorted by id, objects in the order of their file.
 
     Raises:
-        ValueError: If an image id comes twice, a class is unknown, or a box is inside out; names file and object.
+        ValueError: If an image id comes twice, or a class is unknown; names file and object.
     """
     annotations = sorted(annotations, key=lambda a: a.image_id)
-    found = [(i, number, o) for i, a in enumerate(annotations) for number, o in enumerate(a.objects, start=1)]
-    names = sorted({o.name for _, _, o in found}) if classes is None else list(classes)
-
-    def where(i: int) -> str:
-        image, number, o = found[i]
-        return f"{Path(source, annotations[image].image_id)}.xml, object {number} ({o.name})"
-
+    selection = Selection()
+    found = [
+        (number, a, i)
+        for number, a in enumerate(annotations)
+        for i in (selection.of(a, sizes(a.image_id)) if sizes else selection.of(a))
+    ]
+    objects = [a.objects[i] for _, a, i in found]
+    names = sorted({o.name for o in objects}) if classes is None else list(classes)
     index = {name: k for k, name in enumerate(names)}
-    for i, (_, _, o) in enumerate(found):
+    for (_, a, i), o in zip(found, objects, strict=True):
         if o.name not in index:
-            raise ValueError(f"{where(i)}: unknown class '{o.name}'; the classes are {', '.join(names)}")
+            raise ValueError(f"{a.where(i)}: unknown class '{o.name}'; the classes are {', '.join(names)}")
     return GroundTruth.build(
         classes=names,
         images=[a.image_id for a in annotations],
-        image=[i for i, _, _ in found],
-        label=[index[o.name] for _, _, o in found],
-        boxes=snap(np.array([o.box for _, _, o in found], np.float64).reshape(-1, 4) + _TO_CONTINUOUS),
-        difficult=[o.difficult for _, _, o in found],
-        where=where,
+        image=[number for number, _, _ in found],
+        label=[index[o.name] for o in objects],
+        boxes=snap(np.array([o.box for o in objects], np.float64).reshape(-1, 4) + _TO_CONTINUOUS),
+        difficult=[o.difficult for o in objects],
+        remarks=selection.notes(NO_AREA, WORDS),
+        where=lambda i: found[i][1].where(found[i][2]),
     )
 
 
@@ -102,7 +92,7 @@ def read_voc_detections(folder: str | Path, truth: GroundTruth, image_set: str =
     numbers: list[list[float]] = []  # score and box
     places: list[tuple[Path, int]] = []
     for k, path in enumerate(files):
-        for line, text in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        for line, text in enumerate(read_text(path).split("\n"), start=1):
             if not text.strip():
                 continue
             fields = text.rsplit(maxsplit=5)  # an id may hold blanks
@@ -113,7 +103,8 @@ def read_voc_detections(folder: str | Path, truth: GroundTruth, image_set: str =
             except ValueError:
                 raise ValueError(f"{path}, line {line}: '{text}' is not 'id score xmin ymin xmax ymax'") from None
             if (name := fields[0].strip()) not in images:
-                raise ValueError(f"{path}, line {line}: {unknown_image(name, truth)}")
+                some = f"which have {len(images)} images, such as '{truth.images[0]}'"
+                raise ValueError(f"{path}, line {line}: image '{name}' is not in the annotations, {some}")
             image.append(images[name])
             label.append(k)
             places.append((path, line))
@@ -139,8 +130,7 @@ def write_voc_detections(
     Raises:
         ValueError: If a class's name cannot be part of a file's name.
     """
-    if bad := [name for name in truth.classes if "/" in name or "\\" in name]:
-        raise ValueError(f"class '{bad[0]}' cannot be part of a file's name, which the devkit's format asks for")
+    check_class_files(truth.classes)
     boxes = (detections.boxes - _TO_CONTINUOUS).tolist()
     lines: list[list[str]] = [[] for _ in truth.classes]
     columns = detections.image.tolist(), detections.label.tolist(), detections.score.tolist()
@@ -152,10 +142,10 @@ def write_voc_detections(
     return files
 
 
-def unknown_image(name: object, truth: GroundTruth) -> str:
-    """Say that a detection's image is not in the annotations, and what images they have."""
-    example = f", such as '{truth.images[0]}'" if truth.images else ""
-    return f"image '{name}' is not in the annotations, which have {len(truth.images)} images{example}"
+def check_class_files(classes: Sequence[str]) -> None:
+    """Raise a ``ValueError`` if a class cannot be part of a file's name, as the devkit's format asks for."""
+    if bad := [name for name in classes if re.search(r"[/\\\0-\x1f]", name)]:
+        raise ValueError(f"class '{bad[0]}' cannot be part of a file's name, which the devkit's format asks for")
 
 
 def _class_files(folder: Path, truth: GroundTruth, image_set: str) -> list[Path]:

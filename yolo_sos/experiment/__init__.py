@@ -1,2 +1,2 @@
 # yolo-sos, AGPL-3.0
-"""Experiments: arms × seeds, each run with a record, and tables of records."""
+"""Experiments: arms × seeds with a record of each run, and tables made from the records."""

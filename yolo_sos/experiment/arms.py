@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""An experiment as its YAML files say it: what all arms share, and what each arm changes."""
+"""Read an experiment from its YAML files: what all arms share, and what each arm changes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from ultralytics.cfg import get_cfg
 from ultralytics.utils import YAML
 
 from yolo_sos.arguments import read_cfg
-from yolo_sos.config import CFG_DIR, SOSConfig, is_sos_key
+from yolo_sos.builtin import CFG_DIR
+from yolo_sos.config import SOSConfig, is_sos_key
 
 DEFAULT = "default.yaml"
-# What does not change a result, or is told apart in a record; `cfg` and `mode` are the command's own.
+# Keys that do not change a result, or that a record holds outside its config
 LEFT_OUT = ("cfg", "device", "exist_ok", "mode", "name", "plots", "project", "resume", "save_dir", "seed", "verbose")
 
 
@@ -26,8 +27,8 @@ class Arm:
 
     Attributes:
         name (str): Its file's name, without the suffix.
-        settings (dict[str, Any]): What a training is given, the experiment's default included.
-        config (dict[str, Any]): Every setting that a result depends on, those that were not given at their defaults.
+        settings (dict[str, Any]): The settings given, those of the experiment's default included.
+        config (dict[str, Any]): Every setting that a result depends on; those that were not given have their defaults.
         differences (tuple[str, ...]): The keys of ``config`` in which it differs from the experiment's default.
     """
 
@@ -38,18 +39,18 @@ class Arm:
 
 
 def resolved(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return every setting of the host and of ours by name, sorted, as JSON gives them back."""
-    host = {k: v for k, v in settings.items() if not is_sos_key(k)}
+    """Return every setting of Ultralytics and of yolo-sos by name, sorted, as JSON reads them back."""
+    theirs = {k: v for k, v in settings.items() if not is_sos_key(k)}
     ours = {k: v for k, v in settings.items() if is_sos_key(k)}
-    whole = {**vars(get_cfg(overrides=host)), **SOSConfig.from_dict(ours).to_dict()}
+    whole = {**vars(get_cfg(overrides=theirs)), **SOSConfig.from_dict(ours).to_dict()}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(whole.items()) if k not in LEFT_OUT}
 
 
 def find_experiment(name: str) -> Path:
-    """Return the folder of an experiment: one of ours by its name, such as ``voc/yolov5s``, or a folder of the user's.
+    """Return the folder of an experiment: the user's, or one of yolo-sos by its name, such as ``voc/yolov5s``.
 
     Raises:
-        FileNotFoundError: If there is none; names the nearest.
+        FileNotFoundError: If there is none; names the nearest one.
     """
     for folder in (Path(name), CFG_DIR / "experiments" / name):
         if (folder / DEFAULT).is_file():
@@ -58,7 +59,7 @@ def find_experiment(name: str) -> Path:
     near = get_close_matches(name, ours, n=1, cutoff=0.0)
     raise FileNotFoundError(
         f"'{name}' is not an experiment: there is no {Path(name) / DEFAULT}. "
-        f"Did you mean '{near[0] if near else ''}'? Those that come along: {', '.join(ours)}."
+        f"Did you mean '{near[0] if near else ''}'? yolo-sos has {', '.join(ours)}."
     )
 
 
@@ -71,11 +72,11 @@ def read_arms(
         folder (Path): The experiment's folder, which holds ``default.yaml``. The arms are the YAML files beside it, or
             in the folder that its key ``arms`` names.
         chosen (Sequence[str], optional): The arms to return. None: all.
-        overrides (dict, optional): Settings for all arms, in the place of the default's.
+        overrides (dict, optional): Settings for all arms, which replace those of ``default.yaml``.
 
     Raises:
-        ValueError: If an arm does not exist or does not build on ``default.yaml``, if a setting is wrong, or if an arm
-            changes what ``overrides`` sets for all.
+        ValueError: If an arm does not exist, if a setting is wrong, or if an arm changes what ``overrides`` sets for
+            all arms.
     """
     default = folder / DEFAULT
     stock = read_cfg(default)
@@ -101,11 +102,9 @@ def _ordered(names: Iterable[str]) -> list[str]:
 
 
 def _read_arm(name: str, path: Path, default: Path, stock: dict[str, Any], overrides: dict[str, Any]) -> Arm:
-    if "cfg" not in YAML.load(path):
-        raise ValueError(f"{path}: an arm builds on the default of its experiment. Add 'cfg: {DEFAULT}'.")
     shared = {**stock, **overrides}
-    settings = read_cfg(path, default)
-    changed = {k: v for k, v in settings.items() if k not in stock or stock[k] != v}
+    # With or without `cfg: default.yaml`, an arm builds on its experiment's default.
+    changed = {k: v for k, v in read_cfg(path, default).items() if k not in stock or stock[k] != v}
     if clash := sorted(changed.keys() & overrides.keys()):
         raise ValueError(f"{clash[0]}={overrides[clash[0]]} for all arms: {path} sets {clash[0]} itself.")
     try:

@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""``yolo-sos experiment``: arms × seeds. What is finished is skipped, what was interrupted goes on."""
+"""``yolo-sos experiment``: arms × seeds. Finished runs are skipped and interrupted ones resumed."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from typing import Any
 from ultralytics.utils import LOGGER, TQDM, colorstr
 
 from yolo_sos.experiment.arms import find_experiment, read_arms
+from yolo_sos.experiment.judge import check_judgement, judged_settings
 from yolo_sos.experiment.launch import LAUNCHERS, check_launcher
 from yolo_sos.experiment.record import difference, read_record, record_path, wall_time, write_record
-from yolo_sos.experiment.run import Busy, Run, available_splits, data_of
+from yolo_sos.experiment.run import Busy, Run, available_splits
 
 PREFIX = colorstr("experiment: ")
 
 
 class Experiment:
-    """A grid of runs, with everything checked before anything is trained.
+    """The runs of an experiment, with everything checked before anything is trained.
 
     Args:
-        name (str): An experiment that comes along, such as ``voc/yolov5s``, or a folder that holds ``default.yaml``.
+        name (str): An experiment of yolo-sos, such as ``voc/yolov5s``, or a folder that holds ``default.yaml``.
         seeds (int | Sequence[int]): The seeds.
         arms (str | Sequence[str], optional): The arms to run. None: all.
-        plan (bool): Print the grid and run nothing.
+        plan (bool): Print the runs and their states, and train nothing.
         launcher (str): ``local``, one run after another in this process, or ``ray``.
         splits (str | Sequence[str], optional): What to judge on. None: val, and test if the data set has it.
-        device (str | int | list, optional): The host's ``device``.
+        device (str | int | list, optional): The ``device`` of trainings, as Ultralytics takes it.
         project (str): Folder of the trainings.
         results (str): Folder of the records.
-        **overrides (Any): Settings for all arms, in the place of the default's.
+        **overrides (Any): Settings for all arms, which replace those of ``default.yaml``.
 
     Raises:
-        ValueError: If a setting is wrong, or a run that is there was made with other settings.
+        ValueError: If a setting is wrong, or an earlier run was made with other settings.
         FileNotFoundError: If there is no such experiment.
     """
 
@@ -63,10 +64,12 @@ class Experiment:
         if wrong := [split for split in self.splits or () if split not in {"train", "val", "test"}]:
             raise ValueError(f"'splits={wrong[0]}' is invalid: splits must be of train, val, test.")
         chosen = read_arms(folder, _names("arms", arms), overrides)
+        for arm in chosen.values():
+            judged_settings(arm.config)  # raises if a record could not judge as the training validates
         given = ("0" if device == 0 else device) or next(iter(chosen.values())).settings.get("device") or ""
         self.runs = [
             Run(self.name, arm, seed, Path(project) / self.name / f"{arm.name}-{seed}", str(given), self.splits or ())
-            for seed in _seeds(seeds)  # a seed of every arm first: pairs are there early
+            for seed in _seeds(seeds)  # all arms of a seed first, so that there are early pairs to compare
             for arm in chosen.values()
         ]
         self.finished = [run for run in self.runs if self._is_finished(run)]
@@ -91,10 +94,14 @@ class Experiment:
         return record_path(self.results, run.experiment, run.arm.name, run.seed)
 
     def run(self) -> int:
-        """Run what is left of the grid, but for runs that another process is at.
+        """Execute the runs that are not finished; skip those that another process executes.
 
         Returns:
             (int): The number of runs that failed.
+
+        Raises:
+            FileNotFoundError: If a data set cannot be had, or lacks a split, an image or an annotation.
+            ValueError: If a data set cannot be judged on, so that training on it would be in vain.
         """
         waiting = [run for run in self.runs if run not in self.finished]
         LOGGER.info(f"{PREFIX}{self.name}: {len(self.runs)} runs, {len(self.finished)} finished, {self.estimate()}")
@@ -105,12 +112,15 @@ class Experiment:
         if not waiting:
             return 0
         if self.splits is None:
-            settings = waiting[0].arm.config
-            found = tuple(available_splits(settings["task"], data_of(waiting[0])))
+            found = tuple(available_splits(waiting[0].arm.config["task"], waiting[0].data))
             waiting = [replace(run, splits=found) for run in waiting]
+        judgements = [(run.data, split, judged_settings(run.arm.config)) for run in waiting for split in run.splits]
+        for i, (data, split, settings) in enumerate(judgements):
+            if judgements[i] not in judgements[:i]:  # most arms are judged alike
+                check_judgement(data, split, **settings)
         failed, elsewhere = [], []
         bar = TQDM(total=len(self.runs), initial=len(self.finished), desc=self.name)
-        left = (run for run in waiting if not self._is_finished(run))  # asked anew: another process may have been at it
+        left = (run for run in waiting if not self._is_finished(run))  # another process may have finished it meanwhile
         for run, outcome in LAUNCHERS[self.launcher](left):
             if isinstance(outcome, Busy):
                 elsewhere.append(run.name)
@@ -129,14 +139,14 @@ class Experiment:
         return len(failed)
 
     def state(self, run: Run) -> str:
-        """Return how far a run is, in words."""
+        """Return the state of a run in words."""
         if run in self.finished:
             return "finished"
         done, epochs = run.epochs_done, run.arm.config["epochs"]
         return f"{done} of {epochs} epochs" if done else "to do"
 
     def estimate(self) -> str:
-        """Return how long the rest will take, one run after another, by the runs that are there."""
+        """Return in words how long the rest will take, one run after another, by the times of earlier runs."""
         seconds = [read_record(self.record_path(run))["wall_time"] for run in self.finished]
         left = 0.0
         for run in (run for run in self.runs if run not in self.finished):
@@ -150,7 +160,7 @@ class Experiment:
 
 
 def experiment_name(name: str, folder: Path) -> str:
-    """Return what an experiment is called in records: as it was given, or the name of the user's folder."""
+    """Return the name of an experiment in records: as it was given, or the name of its folder for a path elsewhere."""
     return folder.name if Path(name).is_absolute() or ".." in Path(name).parts else Path(name).as_posix()
 
 

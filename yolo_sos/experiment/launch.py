@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""Where runs are executed: here, one after another, or as tasks of a Ray cluster."""
+"""Execute runs in this process, one after another, or as tasks of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any
 from yolo_sos.experiment.run import Run, execute
 
 Outcome = tuple[Run, dict[str, Any] | Exception]
-RETRIES = 3  # when a worker dies: the run resumes on another one, from its last epoch
+RETRIES = 3  # if a worker dies, the run resumes on another one from its last epoch
 
 
 def local(runs: Iterable[Run]) -> Iterator[Outcome]:
-    """Execute runs in this process and yield each with its record, or with what it raised."""
+    """Execute runs in this process, and yield each with its record or with the exception that it raised."""
     for run in runs:
         try:
             yield run, execute(run)
-        except Exception as e:  # told by the grid; the others go on
+        except Exception as e:  # the experiment reports it, and the other runs go on
             yield run, e
 
 
 def on_ray(runs: Iterable[Run]) -> Iterator[Outcome]:
     """Execute runs as tasks of the Ray cluster that ``RAY_ADDRESS`` names, or of one on this machine.
 
-    Each task takes one CPU, or as many GPUs as its ``device`` names; one, where none is named and the cluster has some.
-    Runs are yielded as they finish. Their folders must lie where every node sees them for a run to resume on another.
+    A task takes one CPU and as many GPUs as its ``device`` names; where no device is named, one GPU if the cluster has
+    any. Runs are yielded as they finish. A run can resume on another node only if every node sees its folder.
     """
     import ray
 
@@ -40,7 +40,7 @@ def on_ray(runs: Iterable[Run]) -> Iterator[Outcome]:
         waiting = {}
         for run in runs:
             gpus = _gpus(run.device, any_gpu)
-            # Ray shows a task its own GPUs alone, counted from 0.
+            # A task of Ray sees its own GPUs alone, counted from 0.
             placed = replace(run, device=",".join(map(str, range(gpus))) or "cpu", folder=run.folder.resolve())
             task = ray.remote(_execute_in).options(
                 num_cpus=1, num_gpus=gpus, max_retries=RETRIES, name=f"{run.experiment} {run.name}"
@@ -52,14 +52,14 @@ def on_ray(runs: Iterable[Run]) -> Iterator[Outcome]:
             try:
                 yield run, ray.get(done)
             except Exception as e:
-                yield run, getattr(e, "cause", None) or e  # what the task raised, without the way that it came
+                yield run, getattr(e, "cause", None) or e  # what the task raised, without the frames of Ray
     finally:
         if started:
             ray.shutdown()
 
 
 def _execute_in(folder: str, run: Run) -> dict[str, Any]:
-    os.chdir(folder)  # names of data sets and models may be relative
+    os.chdir(folder)  # paths of data sets and models may be relative
     return execute(run)
 
 

@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""What an experiment found, from the records of its runs alone: Markdown, CSV, JSON and a picture."""
+"""``yolo-sos table``: the results of an experiment from the records of its runs, as Markdown, CSV, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from statistics import median
-from types import NoneType
 from typing import Any
 
 from ultralytics.utils import LOGGER, colorstr, plt_settings
 
-from yolo_sos.experiment.record import difference, read_record, record_path
+from yolo_sos.experiment.record import Record, difference
 from yolo_sos.experiment.statistics import holm, least_p, mean_and_std, sign_flip_p, t_interval
 from yolo_sos.files import atomic_path, finite, write_text
 from yolo_sos.markdown import markdown_table
@@ -28,95 +27,22 @@ from yolo_sos.markdown import markdown_table
 PREFIX = colorstr("table: ")
 BASELINE = "baseline"
 PRIMARY = ("metrics/mAP50-95(B)", "metrics/accuracy_top1", "fitness")  # the first that the records hold
-ESSENTIALS = ("data", "model", "epochs", "imgsz", "batch", "optimizer")  # of the common config, told in the Markdown
+ESSENTIALS = ("data", "model", "epochs", "imgsz", "batch", "optimizer")  # of the common config, shown in the Markdown
 LEVEL = 0.95
-FIELDS: dict[str, tuple[type, ...]] = {
-    "experiment": (str,),
-    "arm": (str,),
-    "seed": (int,),
-    "metrics": (dict,),
-    "config": (dict,),
-    "differences": (list,),
-    "versions": (dict,),
-    "git_commit": (str, NoneType),
-    "device": (str,),
-    "wall_time": (int, float),
-}
 NONE = "–"
 
 
 @dataclass(frozen=True)
-class Record:
-    """What the table reads of the record of a run.
-
-    Attributes:
-        path (Path): The file.
-        arm (str): Name of the arm.
-        seed (int): Seed of the run.
-        metrics (dict[str, dict[str, float]]): Split → metric → value; nan where the run gave no number.
-        config (dict[str, Any]): The whole config, without the seed.
-        differences (tuple[str, ...]): Keys of the config that the arm sets.
-        origin (dict[str, str]): What ran, and where: versions, device, commit.
-        wall_time (float): Seconds of training.
-        norm2 (float | None): Squared norm of the final layers; None in records of older releases, and of models without
-            such layers.
-    """
-
-    path: Path
-    arm: str
-    seed: int
-    metrics: dict[str, dict[str, float]]
-    config: dict[str, Any]
-    differences: tuple[str, ...]
-    origin: dict[str, str]
-    wall_time: float
-    norm2: float | None
-
-    @classmethod
-    def read(cls, path: Path, experiment: str) -> Record:
-        """Read a record and check what the table needs of it.
-
-        Raises:
-            ValueError: If the file is no record of a run of this experiment; names the file and the key.
-        """
-        content = read_record(path)
-        for key, kinds in FIELDS.items():
-            if not isinstance(content[key], kinds):
-                names = " or ".join(kind.__name__ for kind in kinds)
-                raise ValueError(f"{path}: '{key}' must be of type {names}, not {type(content[key]).__name__}.")
-        arm, seed, config, seconds = (content[key] for key in ("arm", "seed", "config", "wall_time"))
-        if content["experiment"] != experiment:
-            raise ValueError(f"{path}: 'experiment' is '{content['experiment']}', not '{experiment}'.")
-        name = record_path("", experiment, arm, seed).name
-        if path.name != name:  # a copy would count twice
-            raise ValueError(f"{path}: 'arm' and 'seed' are {arm} and {seed}; the record of that run is {name}.")
-        if "val" not in content["metrics"]:
-            raise ValueError(f"{path}: 'metrics.val' is missing.")
-        for key in content["differences"]:
-            if key not in config:
-                raise ValueError(f"{path}: 'config' lacks {json.dumps(key)}, which 'differences' names.")
-        if not (math.isfinite(seconds) and seconds > 0):
-            raise ValueError(f"{path}: 'wall_time' must be a number of seconds above 0, not {seconds}.")
-        norm2 = content.get("norm2")
-        if norm2 is not None and not (isinstance(norm2, (int, float)) and norm2 > 0):
-            raise ValueError(f"{path}: 'norm2' must be a number above 0, or null, not {json.dumps(norm2)}.")
-        metrics = {split: _numbers(values, f"{path}: 'metrics.{split}") for split, values in content["metrics"].items()}
-        origin = {**content["versions"], "device": content["device"], "commit": content["git_commit"] or "unknown"}
-        return cls(path, arm, seed, metrics, config, tuple(content["differences"]), origin, seconds, norm2)
-
-
-@dataclass(frozen=True)
 class Row:
-    """One arm by one metric on one split. nan: not defined, or not for the baseline.
+    """One metric of one arm on one split; nan where a figure is not defined.
 
     Attributes:
         split (str): Split of the data.
         metric (str): Name of the metric.
         arm (str): Name of the arm.
         values (dict[int, float]): Value by seed.
-        differences (dict[int, float]): Value less the baseline's by seed, for the seeds that both have; empty for the
-            baseline.
-        p_holm (float): p, corrected over the arms; nan but for the primary metric.
+        differences (dict[int, float]): Value less the baseline's by seed, over the pairs (see `ResultTable`).
+        p_holm (float): p, corrected over the arms; nan for all but the primary metric.
     """
 
     split: str
@@ -143,8 +69,11 @@ class Row:
 class ResultTable:
     """The table of an experiment's results, checked and ready to ``run``.
 
-    Records may differ in arm, in seed, and in the settings that one of their arms sets. Whatever else differs between
-    two configs is refused: a difference in the results would have two reasons.
+    Records may differ in arm, in seed, and in the settings that one of their arms sets. Any other difference between
+    two configs is refused, as it would be a second reason for different results.
+
+    An arm is compared with the baseline over pairs: the seeds that both have, less those whose model was not shifted
+    although its arm asks for it, which would show the baseline's own figures as the effect of shifting.
 
     Args:
         experiment (str): Name of the experiment, such as ``bccd/screen``.
@@ -162,7 +91,7 @@ class ResultTable:
         self.experiment = experiment
         self.folder = Path(results) / experiment
         folder = self.folder / "records"
-        # A name with a dot in front is a record that another process is writing.
+        # A name that starts with a dot is a record that another process is writing.
         paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
         if not paths:
             raise FileNotFoundError(f"{folder}: there are no records of experiment '{experiment}'.")
@@ -207,11 +136,10 @@ class ResultTable:
             arm: {r.seed: r.metrics[split][metric] for r in of_arm if metric in r.metrics.get(split, {})}
             for arm, of_arm in self.arms.items()
         }
-        baseline = values[BASELINE]
-        differences = {
-            arm: {seed: v - baseline[seed] for seed, v in of_arm.items() if seed in baseline and arm != BASELINE}
-            for arm, of_arm in values.items()
-        }
+        differences: dict[str, dict[int, float]] = {arm: {} for arm in self.arms}
+        for arm in differences.keys() - {BASELINE}:
+            paired = [seed for seed in self._pairs(arm) if seed in values[arm] and seed in values[BASELINE]]
+            differences[arm] = {seed: values[arm][seed] - values[BASELINE][seed] for seed in paired}
         corrected = [math.nan] * len(values)
         if metric == self.primary:
             corrected = holm([sign_flip_p(list(of_arm.values())) for of_arm in differences.values()])
@@ -220,11 +148,15 @@ class ResultTable:
             for arm, p in zip(self.arms, corrected, strict=True)
         ]
 
+    def _pairs(self, arm: str) -> dict[int, tuple[Record, Record]]:
+        """Return by seed the records of an arm and of the baseline that are compared with each other."""
+        baseline = {r.seed: r for r in self.arms[BASELINE] if r.comparable}
+        return {r.seed: (r, baseline[r.seed]) for r in self.arms[arm] if r.comparable and r.seed in baseline}
+
     def ratios(self, arm: str, key: str) -> list[float]:
-        """Return an arm's ``wall_time`` or ``norm2`` over the baseline's, for the seeds that both have it of."""
-        baseline = {r.seed: getattr(r, key) for r in self.arms[BASELINE]}
-        pairs = [(getattr(r, key), baseline.get(r.seed)) for r in self.arms[arm]]
-        return [of_arm / base for of_arm, base in pairs if None not in (of_arm, base)]
+        """Return an arm's ``wall_time`` or ``norm2`` over the baseline's, for the pairs of which both have it."""
+        pairs = [(getattr(one, key), getattr(base, key)) for one, base in self._pairs(arm).values()]
+        return [one / base for one, base in pairs if None not in (one, base)]
 
     def run(self) -> Path:
         """Write ``table.md``, ``table.csv``, ``table.json`` and ``table.png``, and print the Markdown.
@@ -236,12 +168,13 @@ class ResultTable:
         write_text(self.folder / "table.md", text)
         write_text(self.folder / "table.csv", self.csv())
         write_text(self.folder / "table.json", json.dumps(self.json(), indent=1, allow_nan=False) + "\n")
+        LOGGER.info(text)
         self.plot(self.folder / "table.png")
-        LOGGER.info(f"{text}\n{PREFIX}wrote {self.folder / 'table'}.md, .csv, .json and .png")
+        LOGGER.info(f"{PREFIX}wrote {self.folder / 'table'}.md, .csv, .json and .png")
         return self.folder
 
     def markdown(self) -> str:
-        """Return the table for readers: the primary metric with its comparisons, then means of the others."""
+        """Return the primary metric with its comparisons, then the means of the other metrics."""
         common, arms = self._common(), len(self.arms) - 1
         essentials = ", ".join(f"{key}={_setting(common[key])}" for key in ESSENTIALS if key in common)
         origins = self._origins()
@@ -264,12 +197,19 @@ class ResultTable:
         ]
         for name, found in origins.items():
             if len(found) > 1:
-                told = "; ".join(f"{n} × {value}" for value, n in found.items())
-                notes.append(f"The {len(self.records)} records do not agree in {name}: {told}.")
+                counts = "; ".join(f"{n} × {value}" for value, n in found.items())
+                notes.append(f"The {len(self.records)} records do not agree in {name}: {counts}.")
         for record in self.records:
+            if not record.comparable:
+                notes.append(
+                    f"{record.path.name}: its arm shifts, but no shift reached the model that was judged, so it is "
+                    "left out of all comparisons."
+                )
             for split, values in record.metrics.items():
                 if math.isnan(values[self.primary]):
-                    notes.append(f"{record.path.name} has no number on {split}, so that what rests on it is unknown.")
+                    notes.append(
+                        f"{record.path.name} has no number on {split}, so the figures that need it are unknown."
+                    )
         return "\n".join([*parts, "".join(f"- {note}\n" for note in notes)])
 
     def _headline(self, split: str) -> str:
@@ -309,7 +249,7 @@ class ResultTable:
         return {name: Counter(r.origin.get(name, "unknown") for r in self.records) for name in names}
 
     def csv(self) -> str:
-        """Return a line per split, metric and arm; empty where a figure is not defined."""
+        """Return one row per split, metric and arm; empty where a figure is not defined."""
         text = io.StringIO()
         writer = csv.DictWriter(text, list(self.rows[0].figures), lineterminator="\n")
         writer.writeheader()
@@ -317,7 +257,7 @@ class ResultTable:
         return text.getvalue()
 
     def json(self) -> dict[str, Any]:
-        """Return the CSV's lines with the values behind them, and what the arms are; None where nothing is defined."""
+        """Return the rows of the CSV with the values behind them, and the arms; None where a figure is not defined."""
         arms = {}
         for arm, of_arm in self.arms.items():
             arms[arm] = {
@@ -325,6 +265,7 @@ class ResultTable:
                 "seeds": [r.seed for r in of_arm],
                 "wall_time": [r.wall_time for r in of_arm],
                 "norm2": [r.norm2 for r in of_arm],
+                "shifted": [r.shifted for r in of_arm],
                 "time_ratio": _range(self.ratios(arm, "wall_time")),
                 "norm2_ratio": _range(self.ratios(arm, "norm2")),
             }
@@ -349,7 +290,7 @@ class ResultTable:
 
     @plt_settings()
     def plot(self, path: Path) -> None:
-        """Draw a forest plot of the primary metric, a panel per split: each seed's difference, their mean, interval."""
+        """Draw a forest plot of the primary metric, a panel per split: differences by seed, their mean and interval."""
         import matplotlib.pyplot as plt
 
         arms = [arm for arm in self.arms if arm != BASELINE]
@@ -359,7 +300,7 @@ class ResultTable:
             ax.axvline(0, color="black", linewidth=0.8)
             for y, row in enumerate(self._of(split, self.primary)[1:]):  # the baseline is the first
                 differences, line = list(row.differences.values()), row.figures
-                below = [y + 0.25] * len(differences)  # where the mean does not hide them
+                below = [y + 0.25] * len(differences)  # so that the mean does not hide them
                 (dots,) = ax.plot(differences, below, "o", color="C1", markersize=4, alpha=0.6)
                 (mean,) = ax.plot(line["diff"], y, "D", color="C0", markersize=6)
                 (interval,) = ax.plot([line["low"], line["high"]], [y, y], "-", color="C0", linewidth=2)
@@ -367,8 +308,8 @@ class ResultTable:
             ax.set_xlabel(f"Δ {_short(self.primary)} to the baseline")
             ax.locator_params(axis="x", nbins=5)
             ax.grid(axis="x", alpha=0.25)
-        axes[0][0].set_yticks(range(len(arms)), arms)
-        axes[0][0].set_ylim(len(arms) - 0.5, -0.5)  # as in the table, from above
+        axes[0][0].set_yticks(range(len(arms)), arms, parse_math=False)  # a name may hold a dollar sign
+        axes[0][0].set_ylim(len(arms) - 0.5, -0.5)  # from top to bottom, as in the table
         names = ["one seed", "mean", f"{LEVEL:.0%} interval"]
         fig.legend([dots, mean, interval], names, loc="outside lower center", ncols=3, fontsize=9)
         with atomic_path(path) as temporary:
@@ -384,15 +325,6 @@ def _check_equal(one: Record, other: Record, allowed: tuple[str, ...] = ()) -> N
         raise ValueError(f"{one.path} and {other.path}: '{key}' differs: {values}. They may differ in {may} alone.")
 
 
-def _numbers(values: Any, place: str) -> dict[str, float]:
-    if not isinstance(values, dict):
-        raise ValueError(f"{place}' must hold a value per metric, not {json.dumps(values)}.")
-    for name, value in values.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"{place}.{name}' must be a number or null, not {json.dumps(value)}.")
-    return {k: math.nan if v is None or not math.isfinite(v) else float(v) for k, v in values.items()}
-
-
 def _range(values: Sequence[float]) -> dict[str, float] | None:
     return {"median": median(values), "min": min(values), "max": max(values)} if values else None
 
@@ -406,7 +338,7 @@ def _setting(value: Any) -> str:
 
 
 def _bare(number: float, spec: str = ".4f") -> str:
-    """Format without the zero before the point, and with a minus instead of a hyphen."""
+    """Format a number without the zero before the point, and with a minus sign instead of a hyphen."""
     return NONE if math.isnan(number) else re.sub(r"^([+-]?)0\.", r"\1.", format(number, spec)).replace("-", "−")
 
 

@@ -1,0 +1,40 @@
+# yolo-sos, AGPL-3.0
+"""Data sets that are built on first use and reused afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from yolo_sos.files import new_folder, write_text
+
+
+def build_once(path: Path, record: str, options: Mapping[str, object], fill: Callable[[Path], None]) -> None:
+    """Build a data set, unless it is there already with the same options.
+
+    Args:
+        path (Path): The folder to make. It appears when it is complete.
+        record (str): Name of the file in it that keeps the options, and so stands for the whole set.
+        options (Mapping[str, object]): What the set was made from and how, as JSON can hold it.
+        fill (Callable[[Path], None]): Writes the set into a folder.
+
+    Raises:
+        FileExistsError: If `path` holds something else, be it the set with other options.
+    """
+
+    def is_built() -> bool:
+        try:
+            return json.loads((path / record).read_text(encoding="utf-8")) == json.loads(json.dumps(options))
+        except (OSError, ValueError):
+            return False
+
+    if is_built():
+        return
+    try:
+        with new_folder(path) as folder:
+            fill(folder)
+            write_text(folder / record, json.dumps(options, indent=2) + "\n")
+    except FileExistsError:
+        if not is_built():  # or else another process was faster, and its set is as good
+            raise
