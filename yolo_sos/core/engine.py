@@ -160,7 +160,6 @@ class Engine:
         with evaluation(self.model), InputCapture(self.watched) as capture:
             for batch in batches:
                 self.watch.lap("sample")
-                capture.clear()  # a replay of the last batch ran the layers, too
                 output = self.task.run(self.model, batch)
                 inputs = capture.take()
                 self.watch.lap("forward")
