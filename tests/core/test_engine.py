@@ -54,11 +54,10 @@ def shift_layers(
     seed=0,
 ):
     """Shift by all steps of the engine, one after the other; the task knows of all layers."""
-    task.layers, method = layers, method or Method()
+    task.layers, method = layers, method or Method("principal", rank=0.5)
     engine = Engine(model, layers if shifted is None else shifted, task, [(method, seed)])
     engine.fit(fit)
     shift = engine.solve(method, seed)
-    engine.release()
     held = engine.hold_out(heldout)
     accepted, before, after = engine.accept(shift, held, guard, step)
     engine.write(shift, accepted, beside)
@@ -248,7 +247,7 @@ def test_balanced_by_labels_is_the_mean_over_classes():
     g = sum(a[labels == c].T @ a[labels == c] / (labels == c).sum() for c in range(CLASSES))
     _, vectors = np.linalg.eigh(g.numpy())
     top = torch.from_numpy(vectors[:, -4:].copy())
-    shift_layers(model, layers, fit, ModelTask(), method=Method(rank=4), guard=None)
+    shift_layers(model, layers, fit, ModelTask(), method=Method("principal", rank=4), guard=None)
     assert torch.allclose(model[4].weight, v @ top @ top.T, rtol=1e-9, atol=1e-12)
 
 
@@ -332,7 +331,7 @@ def test_convolutions_of_a_detector():
         x = twin.frozen(twin.stem(batch["img"]))
         maps = {"box": twin.box_tower(x), "cls": twin.cls_tower(x)}
         p = twin.cls(maps["cls"]).sigmoid().permute(0, 2, 3, 1).reshape(-1, CLASSES).double()
-    report = shift_layers(model, layers, [batch], DetectorTask(), method=Method(rank=4), guard=None)
+    report = shift_layers(model, layers, [batch], DetectorTask(), method=Method("principal", rank=4), guard=None)
     for record, layer in zip(report.layers, layers, strict=True):
         a = maps[layer.name].permute(0, 2, 3, 1).reshape(60, -1).double()
         moments = balanced(a, *row_groups("balanced", layer.kind, p))
@@ -379,7 +378,14 @@ def test_only_the_layers_asked_for_are_shifted():
     before = bits(model)
     batch = images(2, seed=5)
     report = shift_layers(
-        model, layers, images(3), DetectorTask(), shifted=layers[:1], method=Method(rank=3), heldout=batch, guard=9e9
+        model,
+        layers,
+        images(3),
+        DetectorTask(),
+        shifted=layers[:1],
+        method=Method("principal", rank=3),
+        heldout=batch,
+        guard=9e9,
     )
     changed = {k for k, v in bits(model).items() if v != before[k]}
     assert changed == {"box.weight"}
@@ -432,7 +438,7 @@ def test_dropout_is_off_and_batchnorm_uses_its_running_statistics():
     for dropout in (0.0, 0.9):
         model, layers = mlp(dropout=dropout)
         before = bits(model[1])
-        shift_layers(model, layers, batches(12, 9), ModelTask(), method=Method(rank=5), guard=None)
+        shift_layers(model, layers, batches(12, 9), ModelTask(), method=Method("principal", rank=5), guard=None)
         assert bits(model[1]) == before
         weights.append(model[4].weight)
     assert torch.equal(*weights)
@@ -467,7 +473,7 @@ def test_the_guard_steps_back_until_the_loss_is_in_bounds(base, step):
     model, layers, batch, a, v, target, full = drift()
     before = bits(model)
     report = shift_layers(
-        model, layers, [batch], DriftTask(base * full), heldout=[batch], method=Method(rank=3), guard=1.0
+        model, layers, [batch], DriftTask(base * full), heldout=[batch], method=Method("principal", rank=3), guard=1.0
     )
     assert report.step == step
     assert report.heldout_before == pytest.approx(base * full, rel=1e-9)
@@ -492,7 +498,14 @@ def test_the_guard_steps_back_until_the_loss_is_in_bounds(base, step):
 def test_a_shift_goes_no_further_than_its_largest_step(guard, t):
     model, layers, batch, _, v, target, full = drift()  # from D the loss rises by t²·D
     report = shift_layers(
-        model, layers, [batch], DriftTask(full), heldout=[batch], method=Method(rank=3), step=0.6, guard=guard
+        model,
+        layers,
+        [batch],
+        DriftTask(full),
+        heldout=[batch],
+        method=Method("principal", rank=3),
+        step=0.6,
+        guard=guard,
     )
     assert report.step == pytest.approx(t)
     assert torch.allclose(model[4].weight, v + t * (target - v), rtol=1e-12, atol=1e-12)
@@ -524,7 +537,7 @@ def test_a_negative_loss_rises_by_a_part_of_its_size():
             [batch],
             DriftTask(-4 * full),
             heldout=[batch],
-            method=Method(rank=3),
+            method=Method("principal", rank=3),
             guard=guard,
         )
         assert report.step == step
@@ -541,7 +554,9 @@ def test_a_loss_that_is_no_number_is_not_accepted(where, value):
             moved = (output - batch[1]).abs().max() > 1e-6
             return torch.tensor(value if moved == (where == "after") else 1.0)
 
-    report = shift_layers(model, layers, [batch], Task(1.0), heldout=[batch], method=Method(rank=3), guard=1.0)
+    report = shift_layers(
+        model, layers, [batch], Task(1.0), heldout=[batch], method=Method("principal", rank=3), guard=1.0
+    )
     assert (report.step, report.status) == (0.0, "guarded")
     assert bits(model) == before
     expected = 1.0 if where == "after" else value
@@ -609,7 +624,13 @@ def test_the_guard_evaluates_only_the_final_layers():
     model, layers = detector()
     calls = counted(model.stem), counted(model.box_tower), counted(model.cls)
     report = shift_layers(
-        model, layers, images(2, 2), DetectorTask(), heldout=images(1, 1, 1), method=Method(rank=1), guard=-0.5
+        model,
+        layers,
+        images(2, 2),
+        DetectorTask(),
+        heldout=images(1, 1, 1),
+        method=Method("principal", rank=1),
+        guard=-0.5,
     )
     assert report.step == 0.0  # all steps were tried: no loss falls by half
     assert [len(c) for c in calls[:2]] == [5, 5]  # once per batch
@@ -686,17 +707,23 @@ def test_many_methods_get_from_one_pass_what_each_would_get_alone():
     assert len(weights) == len(trials) - 2  # full and budget have no rank
 
 
-def test_what_was_accumulated_is_released():
+def test_rows_are_released_before_others_are_held_out(monkeypatch):
     model, layers = detector()
-    task, method = DetectorTask(), Method("rows", rank=4)
+    task, method = DetectorTask(), Method("principal", rank=4)
     task.layers = layers
+    accumulators = []
+
+    class Watched(RowSample):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            accumulators.append(weakref.ref(self))
+
+    monkeypatch.setattr(engine_module, "RowSample", Watched)
     engine = Engine(model, layers, task, [(method, 0)])
     engine.fit(images(2))
-    accumulators = [weakref.ref(a) for of in engine._accumulators.values() for a in of.values()]
     inputs = []
     engine.run(images(2), lambda batch, output, captured: inputs.extend(weakref.ref(x) for x in captured.values()))
     engine.solve(method)
-    engine.release()
     gc.collect()
     assert len(accumulators) == len(inputs) == 2
     assert [ref() for ref in (*accumulators, *inputs)] == [None] * 4
@@ -957,17 +984,17 @@ BUDGET = "a number of at least 0 and less than 1"
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "svd"}, "'method=svd' is invalid: method must be one of principal, expected, budget, full, rows;"),
+        ({"name": "svd"}, "'method=svd' is invalid: method must be one of expected, principal, budget, full, rows;"),
         ({"name": None}, "'method=None' is invalid"),
         ({"solver": "qr"}, "'solver=qr' is invalid: solver must be one of svd, gauss;"),
         ({"weighting": "loss"}, "'weighting=loss' is invalid: weighting must be one of balanced, confidence, uniform;"),
         *[
             ({"rank": rank}, f"'rank={rank}' is invalid: rank must be {RANK}.")
-            for rank in (0, -3, 0.0, 1.5, 36.0, float("nan"), float("inf"), True, "0.5", None)
+            for rank in (0, -3, 0.0, 1.5, 36.0, float("nan"), float("inf"), True, "0.5")
         ],
         *[
             ({"budget": budget}, f"'budget={budget}' is invalid: budget must be {BUDGET}.")
-            for budget in (2.0, 1.0, -0.1, float("nan"), True, "0.1", None)
+            for budget in (2.0, 1.0, -0.1, float("nan"), True, "0.1")
         ],
     ],
 )
@@ -1012,3 +1039,65 @@ def test_times_add_up_to_what_passed():
     assert all(v >= 0 for v in report.milliseconds.values())
     assert report.milliseconds["sample"] >= 40  # waiting for the batches
     assert 0.5 * passed < sum(report.milliseconds.values()) <= passed
+
+
+# The strength that the guard finds -------------------------------------------------------------------------------------
+def test_strengths_run_from_next_to_nothing_to_everything():
+    assert [Method(name).is_found for name in ("principal", "expected", "rows", "budget", "full")] == [True] * 4 + [
+        False
+    ]
+    assert not Method("principal", rank=0.5).is_found and not Method("budget", budget=0.01).is_found
+    assert Method("budget", rank=3).is_found  # the rank of another method
+    assert [Method("expected").at(s).rank for s in (0.0, 0.25, 1.0)] == [1.0, 0.75, 1e-6]
+    assert Method("budget").at(0.0).budget == pytest.approx(1e-4)
+    assert Method("budget").at(0.5).budget == pytest.approx(1e-2)
+    assert Method("budget").at(1.0).budget == 0.999
+    assert (Method("rows").at(None).rank, Method("budget").at(None).budget) == (0.5, 0.01)
+    assert Method("full").at(0.3) == Method("full")
+
+
+@pytest.mark.parametrize("name", ["expected", "principal", "budget", "rows"])
+@pytest.mark.parametrize("guard", [0.02, 0.5])
+def test_the_strength_found_is_the_largest_that_the_guard_accepts(name, guard):
+    model, layers = mlp(torch.float64)
+    task, batch = ModelTask(), batches(40, dtype=torch.float64)[0]
+    engine = Engine(model, layers, task, [(Method(name), 5)])
+    engine.fit([batch])
+    heldout = engine.hold_out([batch])
+    shift = engine.find(Method(name), 5, heldout, guard)
+    limit = heldout.before * (1 + guard)
+    assert heldout.loss(shift.weights()) <= limit
+    accepted = {
+        s / 128: heldout.loss(engine.solve(Method(name).at(s / 128), 5).weights()) <= limit for s in range(1, 128)
+    }
+    key = "budget" if name == "budget" else "rank"
+    found = [s for s in accepted if getattr(Method(name).at(s), key) == getattr(shift.method, key)]
+    assert not found or accepted[found[0]]  # else nothing is accepted but next to nothing
+    assert not accepted.get((found[0] if found else 0.0) + 1 / 128, False)  # and the next is too much
+    step, before, after = engine.accept(shift, heldout, guard)
+    assert (step, before) == (1.0, heldout.before)
+    assert after <= limit
+
+
+def test_without_a_guard_the_strength_is_the_default():
+    model, layers = mlp(torch.float64)
+    engine = Engine(model, layers, ModelTask(), [(Method("principal"), 0), (Method("budget"), 0)])
+    engine.fit(batches(12, dtype=torch.float64))
+    heldout = engine.hold_out(batches(12, dtype=torch.float64))
+    nothing = engine.hold_out([])
+    for held, guard in ((heldout, None), (nothing, 0.01)):
+        assert engine.find(Method("principal"), 0, held, guard).method.rank == 0.5
+        assert engine.find(Method("budget"), 0, held, guard).method.budget == 0.01
+    assert engine.find(Method("principal", rank=3), 0, heldout, 0.0).method.rank == 3
+
+
+def test_draws_of_one_seed_share_a_sample():
+    model, layers = mlp(torch.float64)
+    methods = [Method("rows", rank=r, weighting="uniform") for r in (2, 5)]
+    engine = Engine(model, layers, ModelTask(), [(m, 3) for m in methods])
+    engine.fit(batches(30, dtype=torch.float64))
+    alone = Engine(model, layers, ModelTask(), [(methods[1], 3)])
+    alone.fit(batches(30, dtype=torch.float64))
+    few, many = (engine.solve(m, 3) for m in methods)
+    assert (few.rank, many.rank) == (2, 5)
+    assert torch.equal(many.weights()["4"], alone.solve(methods[1], 3).weights()["4"])

@@ -143,7 +143,7 @@ sys.modules["ultralytics"] = None  # an import of it would fail
 from yolo_sos.core import Method, shift_model
 model = torch.nn.Sequential(torch.nn.Linear(4, 9), torch.nn.ReLU(), torch.nn.Linear(9, 2))
 batch = torch.randn(6, 4), torch.arange(6) % 2
-report = shift_model(model, [batch], heldout=[batch], method=Method(rank=3), guard=1e9)
+report = shift_model(model, [batch], heldout=[batch], method=Method("principal", rank=3), guard=1e9)
 assert report.status == "ok" and report.layers[0].rank == 3
 assert not [m for m in sys.modules if m.startswith(("torchvision", "cv2", "yolo_sos.trainers", "yolo_sos.yolo"))]
 """
@@ -189,7 +189,7 @@ def test_nothing_is_read_where_no_shift_is_due():
         ("guard", -0.1, "a number of at least 0, or none"),
         ("start", 1.1, "a number from 0 to 1"),
         ("interval", 0, "an integer of at least 1"),
-        ("method", "pca", "one of principal"),
+        ("method", "pca", "one of expected"),
         ("solver", "qr", "one of svd, gauss"),
         ("weighting", "loss", "one of balanced"),
     ],
@@ -271,13 +271,13 @@ def test_a_model_and_batches_are_enough():
     assert str(report).startswith("3: squared norm ×") and "held-out loss unknown, no guard" in str(report)
 
 
-def test_with_heldout_batches_the_tolerance_is_a_hundredth():
+def test_with_heldout_batches_the_tolerance_is_half_a_hundredth():
     for seed in range(20):
         model, _, shape = mlp()
         report = shift_model(model, [data(9, shape)], [data(9, shape, seed=seed)], rank=1)
-        assert report.guard == 0.01
+        assert report.guard == 0.005
         assert "no guard" not in str(report)
-        assert report.heldout_after <= 1.01 * report.heldout_before
+        assert report.heldout_after <= 1.005 * report.heldout_before
         assert (report.status == "ok") == (report.step > 0)
     with pytest.raises(ValueError, match="nothing to fit on"):
         shift_model(model, [])
