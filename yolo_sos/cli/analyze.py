@@ -56,6 +56,6 @@ MODE = Mode(
     ["analyze model=best.pt,best-sos.pt data=VOC.yaml", "analyze runs=runs/detect/train,runs/detect/train2"],
     lambda: {"To compare checkpoints:": OF_CHECKPOINTS, "To draw runs:": OF_RUNS, "For both:": OF_BOTH},
     run,
-    result="Writes report.html, its figures and analysis.json into runs/<task>/analyze. Checkpoints are measured on the same "
-    "images and random vectors, so that differences have their own, smaller, standard errors.",
+    result="Writes report.html, its figures and analysis.json into runs/<task>/analyze. All are measured on the "
+    "same images and random vectors, so that differences have their own, smaller, standard errors.",
 )

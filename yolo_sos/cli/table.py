@@ -29,6 +29,6 @@ MODE = Mode(
     lambda: {"Arguments:": OWN},
     run,
     word="experiment",
-    result="Writes table.md, .csv, .json and .png into results/<experiment>: mean ± std of each arm, and the difference to "
-    "the baseline over the same seeds with its 95 % interval and exact p.",
+    result="Writes table.md, .csv, .json and .png into results/<experiment>: mean ± std of each arm, the difference "
+    "to the baseline over the same seeds with its 95 % interval and exact p.",
 )
