@@ -48,7 +48,9 @@ def test_values_are_read_as_in_ultralytics(key, value):
     assert found == expected and type(found) is type(expected)
 
 
-@pytest.mark.parametrize("args", [["classes=[0,", "1]"], ["classes=[", "0", ",", "1", "]"], ["classes", "=", "[0,", "1]"]])
+@pytest.mark.parametrize(
+    "args", [["classes=[0,", "1]"], ["classes=[", "0", ",", "1", "]"], ["classes", "=", "[0,", "1]"]]
+)
 def test_a_list_that_the_shell_has_split(args):
     assert given("train", *args) == {"classes": [0, 1]}
 
@@ -58,7 +60,9 @@ def test_layers_are_written_as_a_list_or_shorter(value):
     assert SOSConfig.from_dict(given("train", f"sos_layers={value}")).sos_layers == ["box", "cls"]
 
 
-@pytest.mark.parametrize("args", [["train", "sos"], ["sos", "train"], ["train", "sos=True"], ["mode=train", "--sos=true"]])
+@pytest.mark.parametrize(
+    "args", [["train", "sos"], ["sos", "train"], ["train", "sos=True"], ["mode=train", "--sos=true"]]
+)
 def test_an_argument_whose_default_is_a_bool_is_a_switch(args):
     mode, arguments = read(args, MODES)
     assert mode.name == "train" and arguments["sos"] is True
@@ -77,7 +81,10 @@ def test_words():
     ("args", "told"),
     [
         (["foo"], "'foo' is not a mode, a task or a switch"),
-        (["train", "foo"], "'foo' is not a task or a switch. Arguments are written key=value. See: yolo-sos train --help"),
+        (
+            ["train", "foo"],
+            "'foo' is not a task or a switch. Arguments are written key=value. See: yolo-sos train --help",
+        ),
         (["train", "epochs"], "'epochs' needs a value: epochs=100"),
         (["train", "epochs="], "'epochs=' needs a value"),
         (["=", "3"], "no key before '='"),
@@ -121,7 +128,9 @@ def declared(mode):
 def parameters(function):
     """Return the defaults of a function's named parameters; None where there is none."""
     empty, several = inspect.Parameter.empty, inspect.Parameter.VAR_KEYWORD
-    found = {p.name: p for p in inspect.signature(function).parameters.values() if p.kind != several and p.name != "self"}
+    found = {
+        p.name: p for p in inspect.signature(function).parameters.values() if p.kind != several and p.name != "self"
+    }
     return {name: None if p.default is empty else p.default for name, p in found.items()}
 
 

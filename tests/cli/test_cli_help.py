@@ -28,7 +28,9 @@ def test_the_help_is_a_screen(args, capsys):
     assert len(lines) <= 24 and max(map(len, lines)) <= 80
     for mode in cli.MODES:
         assert any(mode in line for line in lines), mode
-    examples = [line.split() for line in lines if line.startswith("    yolo-sos ") and "=" in line and "..." not in line]
+    examples = [
+        line.split() for line in lines if line.startswith("    yolo-sos ") and "=" in line and "..." not in line
+    ]
     assert len(examples) == 3
     for _, *command in examples:
         cli.read(command, cli.MODES)  # raises if it is wrong
@@ -51,7 +53,9 @@ def test_each_mode_explains_its_arguments(mode, form, capsys):
 
 def test_the_help_of_train_has_our_settings_first(capsys):
     out = printed(capsys, "train", "--help")
-    found = [line[2:].split("=")[0] for line in out.splitlines() if line[:2] == "  " and line[2:3].strip() and "=" in line]
+    found = [
+        line[2:].split("=")[0] for line in out.splitlines() if line[:2] == "  " and line[2:3].strip() and "=" in line
+    ]
     assert found[: len(KEYS)] == list(KEYS) and found[len(KEYS)] == "task" and "lr0" in found
 
 

@@ -47,7 +47,7 @@ def run(arguments: dict[str, Any]) -> None:
 
 MODE = Mode(
     "eval",
-    "judge detections by the VOC devkit's metric, COCO's and Ultralytics'",
+    "judge by the metrics of the VOC devkit, COCO and Ultralytics",
     ["eval model=best.pt data=VOC.yaml split=test", "eval detections=results.json annotations=VOCdevkit/VOC2007"],
     lambda: {"What to judge:": SOURCES, "Metrics:": METRICS, "To run a model:": MODEL, "Output:": OUTPUT},
     run,
