@@ -194,8 +194,8 @@ def test_the_method_carries_every_setting_that_says_how():
 def test_settings_of_a_shift_without_sos_are_refused_for_a_training():
     with pytest.raises(ValueError, match=r"sos_rank=0.3, sos_start=0 without sos=true would train without SOS. Add"):
         SOSConfig.of_training({"sos_rank": 0.3, "sos_start": 0, "lr_steps": [0.5]})
-    for given in ({}, {"lr_steps": [0.5]}, {"sos": True, "sos_rank": 0.3}, {"sos": False, "sos_rank": 0.3}):
-        assert SOSConfig.of_training(given) == SOSConfig.from_dict(given)
+    for own in ({}, {"lr_steps": [0.5]}, {"sos": True, "sos_rank": 0.3}, {"sos": False, "sos_rank": 0.3}):
+        assert SOSConfig.of_training(own) == SOSConfig.from_dict(own)
 
 
 def test_kinds():

@@ -60,7 +60,8 @@ def test_it_works_from_elsewhere(wheel, tmp_path):
     elsewhere.mkdir()
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", target, wheel)
     code = (
-        "import json, yolo_sos; from yolo_sos.builtin import CFG_DIR, resolve_data; from yolo_sos.config import SOSConfig; "
+        "import json, yolo_sos; from yolo_sos.config import SOSConfig; "
+        "from yolo_sos.builtin import CFG_DIR, resolve_data; "
         "print(json.dumps([yolo_sos.__file__, str(CFG_DIR), SOSConfig.from_dict({}).to_dict(), "
         "resolve_data('digits.yaml')]))"
     )
