@@ -21,6 +21,7 @@ PACKAGE = ROOT / "yolo_sos"
 SHARED = ("config", "builtin", "files", "markdown", "versions", "_lazy")
 ROOMS = {
     "core": ("_lazy",),
+    "lightning": ("core",),
     "data": SHARED,
     "yolo": (*SHARED, "core", "data"),
     "recipes": (*SHARED, "core", "yolo"),
@@ -102,10 +103,7 @@ def test_every_module_has_its_room():
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_imports_point_one_way(module):
     here = room(module)
-    if here in ROOMS:
-        allowed = {here, *ROOMS[here]}
-    else:
-        allowed = {*SHARED, "core"}
+    allowed = {here, *ROOMS[here]} if here in ROOMS else {*SHARED, "core"}
     assert {room(name) for name in ours(module)} <= allowed
 
 
@@ -116,8 +114,7 @@ def test_nobody_reaches_past_the_public_names_of_core(module):
 
 @pytest.mark.parametrize("module", sorted(m for m in modules() if room(m) == "core"))
 def test_core_knows_torch_alone(module):
-    allowed = {"torch", "lightning"} if module.endswith(".lightning") else {"torch"}  # the callback for Lightning
-    assert others(module) <= allowed
+    assert others(module) <= {"torch"}
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
