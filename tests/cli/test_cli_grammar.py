@@ -83,7 +83,7 @@ def test_words():
         (["foo"], "'foo' is not a mode, a task or a switch"),
         (
             ["train", "foo"],
-            "'foo' is not a task or a switch. Arguments are written key=value. See: yolo-sos train --help",
+            "'foo' is not a switch of train. Arguments are written key=value. See: yolo-sos train --help",
         ),
         (["train", "epochs"], "'epochs' needs a value: epochs=100"),
         (["train", "epochs="], "'epochs=' needs a value"),
@@ -93,7 +93,7 @@ def test_words():
         (["shift", "images=all", "epochs=3"], "'epochs' is not a valid argument"),
         (["shift", "cfg=a.yaml"], "'cfg' is not a valid argument"),
         (["experiment"], "experiment takes one name, such as: yolo-sos experiment voc/yolov5s"),
-        (["experiment", "a", "b"], "'b' is not a task or a switch"),
+        (["experiment", "a", "b"], "'b' is not a switch of experiment"),
         (["experiment", "a", "resume=b"], "'resume' is not a valid argument"),
         (["mode=foo"], "'mode=foo' is invalid: mode must be one of train, shift"),
     ],

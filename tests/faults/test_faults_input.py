@@ -135,7 +135,7 @@ def test_errors_of_the_training_itself_keep_their_traceback(monkeypatch, tiny):
 @fault("a mode, a key or a word that there is not", "exits with 2; names it, and the nearest key")
 def test_unknown_words(refused):
     assert "'foo' is not a mode, a task or a switch" in refused("foo")
-    assert "'foo' is not a task or a switch" in refused("train", "foo")
+    assert "'foo' is not a switch of train" in refused("train", "foo")
     assert "Did you mean 'sos_rank'" in refused("train", "sos_rnk=3")
     assert "mode must be one of train, shift" in refused("mode=foo")
 

@@ -120,10 +120,8 @@ def read(args: Sequence[str], modes: Mapping[str, Mode]) -> tuple[Mode, dict[str
         elif word in arguments:
             raise ValueError(f"'{word}' needs a value: {word}={arguments[word].default}")
         else:
-            raise ValueError(
-                f"'{word}' is not a {'' if named else 'mode, a '}task or a switch. Arguments are written key=value. "
-                f"See: yolo-sos {mode.name + ' ' if named else ''}--help"
-            )
+            what, see = (f"switch of {named}", f"{named} ") if named else ("mode, a task or a switch", "")
+            raise ValueError(f"'{word}' is not a {what}. Arguments are written key=value. See: yolo-sos {see}--help")
     if mode.word and mode.word not in given:
         raise ValueError(f"{mode.name} takes one name, such as: yolo-sos {mode.examples[0]}")
     if "mode" not in arguments:
