@@ -16,8 +16,7 @@ from ultralytics.utils.patches import torch_load
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_sos.config import CHECKPOINT_KEY
-from yolo_sos.core import SOS, FinalLayer, ShiftReport, is_due
-from yolo_sos.core.sos import SEEDS
+from yolo_sos.core import SEEDS, SOS, FinalLayer, ShiftReport, is_due
 from yolo_sos.files import atomic_path
 from yolo_sos.yolo.heads import YoloTask, final_layers, layers_of_kinds
 from yolo_sos.yolo.images import ImageSample, preserve_rng, split_sizes
