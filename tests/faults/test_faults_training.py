@@ -19,7 +19,7 @@ import yaml
 from ultralytics.utils.patches import torch_load
 
 from yolo_sos.train import mixin
-from yolo_sos.train.sampling import ShiftSample
+from yolo_sos.yolo.images import ShiftSample
 
 fault = pytest.mark.fault
 
@@ -36,7 +36,7 @@ import json, os, signal, sys
 from pathlib import Path
 from ultralytics import YOLO
 from yolo_sos.core import shift
-from yolo_sos.train import SOSDetectionTrainer
+from yolo_sos.trainers import SOSDetectionTrainer
 
 where, settings = sys.argv[1], json.loads(sys.argv[2])
 calls = []
@@ -185,7 +185,7 @@ def assert_whole_after_the_end(run):
     ],
 )
 def test_a_heldout_loss_that_is_not_finite(train, monkeypatch, value):
-    monkeypatch.setattr(mixin.HostTask, "loss", lambda *_: torch.tensor(value))
+    monkeypatch.setattr(mixin.YoloTask, "loss", lambda *_: torch.tensor(value))
     run = train()
     rows = run.rows("sos.csv")
     assert {row["t"] for row in rows} == {"0.0"}

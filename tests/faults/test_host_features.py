@@ -10,7 +10,7 @@ import torch
 from ultralytics.engine import trainer as host
 from ultralytics.utils.patches import torch_load
 
-from yolo_sos.heads import final_layers
+from yolo_sos.yolo.heads import final_layers
 from yolo_sos.train import mixin
 
 

@@ -14,7 +14,7 @@ import pytest
 from ultralytics.utils.callbacks import get_default_callbacks
 from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file
 
-from yolo_sos.train import SOSDetectionTrainer
+from yolo_sos.trainers import SOSDetectionTrainer
 
 pytest.importorskip("cloudpickle")
 
@@ -85,8 +85,8 @@ import torch
 from torch import distributed as dist, nn
 from ultralytics.nn.tasks import DetectionModel
 from yolo_sos.config import SOSConfig
-from yolo_sos.heads import final_layers
-from yolo_sos.train import SOSDetectionTrainer
+from yolo_sos.yolo.heads import final_layers
+from yolo_sos.trainers import SOSDetectionTrainer
 
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", rank=rank, world_size=2)

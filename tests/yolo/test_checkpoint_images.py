@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from yolo_sos.checkpoint.file import Checkpoint
+from yolo_sos.yolo.checkpoint import Checkpoint
 from yolo_sos.checkpoint.images import Images
 
 

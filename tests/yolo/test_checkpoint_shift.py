@@ -18,16 +18,16 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils.patches import torch_load
 
 import yolo_sos
-from yolo_sos.checkpoint import CheckpointShift, shift_checkpoint
-from yolo_sos.checkpoint import shift as shift_module
-from yolo_sos.checkpoint.file import Checkpoint
+from yolo_sos.yolo import CheckpointShift, shift_checkpoint
+from yolo_sos.yolo import shift as shift_module
+from yolo_sos.yolo.checkpoint import Checkpoint
 from yolo_sos.checkpoint.images import Images
 from yolo_sos.checkpoint.workbench import Workbench
 from yolo_sos.core import InputCapture, Method, shift_layers, weighting
-from yolo_sos.core.layers import input_rows, weight_matrix
+from yolo_sos.core import input_rows, weight_matrix
 from yolo_sos.core.shift import evaluation
 from yolo_sos.core.solver import NON_FINITE, unchanged
-from yolo_sos.heads import HostTask, final_layers
+from yolo_sos.yolo.heads import YoloTask, final_layers
 
 ALL = {"images": "all", "guard": None}
 
@@ -48,10 +48,10 @@ def opened(path, data, seed=0):
 def loss_of(path, data):
     """Return the host's loss per image of a whole model on the held-out images."""
     model, _, images = opened(path, data)
-    task, total = HostTask(model), 0.0
+    task, total = YoloTask(model), 0.0
     with evaluation(model):
         for batch in images.batches("heldout"):
-            total += len(batch["img"]) * float(task.loss(task.forward(model, batch), batch))
+            total += len(batch["img"]) * float(task.loss(task.run(model, batch), batch))
     return total / len(images.heldout)
 
 
@@ -95,7 +95,7 @@ def test_the_json_is_the_report(shifted):
     path, report = shifted
     found = json.loads(path.with_name("shift.json").read_text())
     assert found == json.loads(report.to_json())
-    assert found["norm_ratio"] == report.norm_ratio
+    assert found["squared_norm_ratio"] == report.squared_norm_ratio
     assert [layer["name"] for layer in found["layers"]] == [r.name for r in report.layers]
 
 
@@ -113,8 +113,8 @@ def test_norms_and_ranks_are_those_of_the_files(shifted):
         assert r.milliseconds > 0
     total = sum(v.square().sum() for v in before.values())
     ratio = sum(v.square().sum() for v in after.values()) / total
-    assert report.norm_ratio == pytest.approx(float(ratio), rel=1e-4)
-    assert report.norm_ratio < 0.9
+    assert report.squared_norm_ratio == pytest.approx(float(ratio), rel=1e-4)
+    assert report.squared_norm_ratio < 0.9
 
 
 def test_deviations_are_those_of_the_outputs(shifted, seen):
@@ -156,7 +156,7 @@ def test_the_table_tells_it_all(shifted):
         line = next(line for line in table.splitlines() if line.startswith(r.name))
         assert line.split()[1:5] == [r.kind, str(r.d), str(r.rows), f"{r.rank:.1f}"]
         assert line.split()[7:10] == [f"{r.deviation:.2e}", f"{r.deviation_heldout:.2e}", f"{r.rounding:.2e}"]
-    assert f"norm² ×{report.norm_ratio:.3f}" in table
+    assert f"squared norm ×{report.squared_norm_ratio:.3f}" in table
     assert "by rounding alone" in table
     main = next(line for line in table.splitlines() if "mAP50-95" in line)
     before, after = (m["metrics/mAP50-95(B)"] for m in (report.metrics_before, report.metrics_after))
@@ -199,7 +199,7 @@ def test_every_method_gives_what_the_core_gives(weights, seen, name, weighting):
     report = shift_checkpoint(path, seen, **options, **ALL, draws=1, seed=3, val=False)
     model, layers, images = opened(path, seen, seed=3)
     method = Method(name, 0.25, 0.05, "svd", weighting)
-    expected = shift_layers(model, layers, images.batches("fit"), HostTask(model), method=method, guard=None, seed=3)
+    expected = shift_layers(model, layers, images.batches("fit"), YoloTask(model), method=method, guard=None, seed=3)
     found = final_weights(report.output)
     for layer, r, e in zip(layers, report.layers, expected.layers, strict=True):
         exact = weight_matrix(layer.module).double()
@@ -260,7 +260,7 @@ def test_the_draw_of_least_loss_wins_and_all_are_told(weights, seen):
     assert losses == sorted(losses)
     assert len(set(losses)) == 4
     assert report.heldout_after == losses[0]
-    assert report.norm_ratio == pytest.approx(report.draws[0]["norm_ratio"], rel=1e-6)
+    assert report.squared_norm_ratio == pytest.approx(report.draws[0]["squared_norm_ratio"], rel=1e-6)
     assert report.deviation_heldout == pytest.approx(report.draws[0]["deviation_heldout"], rel=1e-6)
     assert f"seed {report.draws[0]['seed']} won" in report.table()
     assert report.settings["draws"] == 4
@@ -292,7 +292,7 @@ def test_the_guard_refuses(weights, seen, contents):
     assert contents(path.parent) == before
     assert (report.status, report.output, report.step) == ("guarded", None, 0.0)
     assert report.heldout_after == report.heldout_before < report.heldout_full
-    assert report.norm_ratio == 1.0
+    assert report.squared_norm_ratio == 1.0
     assert all((r.norm_after, r.deviation, r.deviation_heldout) == (r.norm_before, 0.0, 0.0) for r in report.layers)
     assert all(math.isnan(r.rounding) for r in report.layers)
     assert json.loads(report.to_json())["rounding"] is None
@@ -311,7 +311,7 @@ def test_the_guard_takes_a_shorter_step(weights, seen):
     report = shift_checkpoint(path, seen, rank=4, images="all", guard=0.6 * rise, val=False, exist_ok=True)
     assert report.step in {0.5, 0.25}
     assert report.heldout_before < report.heldout_after < report.heldout_full == full.heldout_full
-    assert full.norm_ratio < report.norm_ratio < 1
+    assert full.squared_norm_ratio < report.squared_norm_ratio < 1
     assert report.deviation == pytest.approx(report.step * full.deviation)
     assert report.deviation_heldout == pytest.approx(report.step * full.deviation_heldout, rel=1e-4)
     before, found = final_weights(path), final_weights(report.output)

@@ -14,7 +14,7 @@ from ultralytics.utils.patches import torch_load
 from watched import EPOCHS, REAL_SHIFT, same
 
 from yolo_sos.cli import main
-from yolo_sos.heads import final_layers
+from yolo_sos.yolo.heads import final_layers
 from yolo_sos.train import mixin
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

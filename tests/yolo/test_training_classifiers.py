@@ -18,8 +18,8 @@ from ultralytics.models.yolo.classify import ClassificationTrainer
 from ultralytics.utils.patches import torch_load
 
 from yolo_sos.config import SOSConfig
-from yolo_sos.train import SOSClassificationTrainer, mixin
-from yolo_sos.train.sampling import draw
+from yolo_sos.trainers import SOSClassificationTrainer
+from yolo_sos.yolo.images import draw
 
 REAL_SHIFT = mixin.shift_layers
 ROWS = {"sos": True, "sos_method": "rows", "sos_rank": 30, "sos_interval": 1, "sos_start": 0.01, "sos_guard": 1e9}
@@ -38,10 +38,10 @@ class Watched(SOSClassificationTrainer):
         return batch
 
 
-def run(overrides, trainer=Watched, callbacks=None, **settings):
+def run(classifier_settings, trainer=Watched, callbacks=None, **settings):
     """Train, and return the trainer and, for each model of each shift, the batches to fit on and to hold out."""
     shifts = []
-    trainer = trainer(overrides=overrides(**settings))
+    trainer = trainer(classifier_settings=classifier_settings(**settings))
     for event, callback in (callbacks or {}).items():
         trainer.add_callback(event, callback)
 
@@ -67,8 +67,8 @@ def results(trainer) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def shifted(overrides):
-    return run(overrides, dropout=0.9, pretrained=False, **ROWS)
+def shifted(classifier_settings):
+    return run(classifier_settings, dropout=0.9, pretrained=False, **ROWS)
 
 
 def test_it_shifts_each_epoch_and_tells_so(shifted):
@@ -76,7 +76,7 @@ def test_it_shifts_each_epoch_and_tells_so(shifted):
     assert len(shifts) == 4  # EMA and live model, two epochs
     for line in results(trainer):
         # Fresh features differ little: fewer than 30 dimensions of 30 rows stand out from rounding.
-        assert 1 < float(line["sos/rank"]) <= 30 and 0 < float(line["sos/norm_ratio"]) < 0.6
+        assert 1 < float(line["sos/rank"]) <= 30 and 0 < float(line["sos/squared_norm_ratio"]) < 0.6
         assert float(line["sos/heldout_after"]) > 0 and float(line["sos/t"]) == 1
         assert float(line["sos/deviation"]) < 1e-3  # all 30 rows were drawn
     with open(trainer.save_dir / "sos.csv", encoding="utf-8", newline="") as f:
@@ -123,9 +123,9 @@ def test_weights_that_are_saved_are_shifted_ones(shifted):
     assert YOLO(trainer.last).val(data=trainer.args.data, imgsz=32, device="cpu", plots=False).top1 >= 0
 
 
-def test_sos_false_is_the_stock_trainer(overrides):
-    ours, _ = run(overrides, sos=False, sos_rank=3)
-    stock, _ = run(overrides, trainer=ClassificationTrainer)
+def test_sos_false_is_the_stock_trainer(classifier_settings):
+    ours, _ = run(classifier_settings, sos=False, sos_rank=3)
+    stock, _ = run(classifier_settings, trainer=ClassificationTrainer)
     a, b = (torch_load(t.last, map_location="cpu")["model"].state_dict() for t in (ours, stock))
     assert list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
     assert {p.name for p in ours.save_dir.iterdir()} == {p.name for p in stock.save_dir.iterdir()}
@@ -135,8 +135,8 @@ def test_sos_false_is_the_stock_trainer(overrides):
 
 # How many images, and which -------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def ready(overrides):
-    trainer = SOSClassificationTrainer(overrides=overrides(sos=True))
+def ready(classifier_settings):
+    trainer = SOSClassificationTrainer(classifier_settings=classifier_settings(sos=True))
     trainer._setup_train()
     return trainer
 
@@ -162,9 +162,9 @@ def test_there_are_rows_enough(ready, monkeypatch, settings, images):
 
 
 @pytest.mark.parametrize(("rank", "warned"), [(9, True), (10, False), (0.005, True), (0.5, False)])
-def test_a_rank_below_the_number_of_classes_warns(overrides, monkeypatch, rank, warned):
+def test_a_rank_below_the_number_of_classes_warns(classifier_settings, monkeypatch, rank, warned):
     said = []
-    trainer = SOSClassificationTrainer(overrides=overrides(sos=True, sos_rank=rank))
+    trainer = SOSClassificationTrainer(classifier_settings=classifier_settings(sos=True, sos_rank=rank))
     monkeypatch.setattr("yolo_sos.train.classify.LOGGER.warning", said.append)
     trainer._setup_train()
     ours = [line for line in said if "sos_rank" in line]  # the host's logger is one: it may warn of slow disks, too
@@ -195,8 +195,8 @@ def recipe():
     return {"epochs": 4, "lr0": 0.1, "lr_steps": [0.5, 0.75], "mixup_alpha": 1.0}
 
 
-def test_the_recipe_without_sos(overrides, recipe):
-    trainer, shifts = run(overrides, plots=True, **recipe)
+def test_the_recipe_without_sos(classifier_settings, recipe):
+    trainer, shifts = run(classifier_settings, plots=True, **recipe)
     assert rates(trainer) == pytest.approx([0.1, 0.1, 0.01, 0.001])
     assert not shifts and "sos/t" not in results(trainer)[0]
     assert len(trainer.trained) == 12
@@ -208,48 +208,48 @@ def test_the_recipe_without_sos(overrides, recipe):
     assert SOSConfig.from_dict(saved) == trainer.sos and not saved["sos"]
 
 
-def test_shifts_see_neither_mixed_images_nor_mixed_labels(overrides):
-    trainer, shifts = run(overrides, mixup_alpha=1.0, **ROWS)
+def test_shifts_see_neither_mixed_images_nor_mixed_labels(classifier_settings):
+    trainer, shifts = run(classifier_settings, mixup_alpha=1.0, **ROWS)
     mixed = [batch for batch in trainer.trained if batch["cls"].ndim == 2]
     assert len(mixed) == 6 and len(shifts) == 4
     assert all(b["cls"].ndim == 1 and not b["cls"].is_floating_point() for s in shifts for b in s["fit"] + s["heldout"])
 
 
 @pytest.mark.parametrize("sos", [False, True])
-def test_the_recipe_survives_a_resume(overrides, recipe, sos):
+def test_the_recipe_survives_a_resume(classifier_settings, recipe, sos):
     def interrupt(trainer):
         if trainer.epoch == 2:
             raise KeyboardInterrupt
 
     settings = {**recipe, **(ROWS if sos else {"sos": False})}
     with pytest.raises(KeyboardInterrupt):
-        broken = Watched(overrides=overrides(**settings))
+        broken = Watched(classifier_settings=classifier_settings(**settings))
         broken.add_callback("on_train_epoch_start", interrupt)
         broken.train()
-    resumed = Watched(overrides={"resume": str(broken.last), "device": "cpu"})
+    resumed = Watched(classifier_settings={"resume": str(broken.last), "device": "cpu"})
     assert resumed.sos == broken.sos
     resumed.train()
     assert rates(resumed) == pytest.approx([0.1, 0.1, 0.01, 0.001])
     assert len(resumed.trained) >= 6 and resumed.trained[0]["cls"].ndim == 2
 
 
-def test_a_run_without_sos_but_with_the_recipe_cannot_be_resumed_with_sos(overrides, recipe):
+def test_a_run_without_sos_but_with_the_recipe_cannot_be_resumed_with_sos(classifier_settings, recipe):
     def interrupt(trainer):
         if trainer.epoch == 1:
             raise KeyboardInterrupt
 
-    broken = Watched(overrides=overrides(**recipe))
+    broken = Watched(classifier_settings=classifier_settings(**recipe))
     broken.add_callback("on_train_epoch_start", interrupt)
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     with pytest.raises(ValueError, match="was trained without SOS"):
-        Watched(overrides={"resume": str(broken.last), "device": "cpu", "sos": True})
+        Watched(classifier_settings={"resume": str(broken.last), "device": "cpu", "sos": True})
 
 
 @pytest.mark.parametrize("method", ["sam", "asam", "gnp"])
-def test_the_peers_with_the_recipe_and_dropout(overrides, recipe, method):
-    trainer, shifts = run(overrides, **{**recipe, **ROWS}, dropout=0.5, sharpness_aware=method, swa=0.5, nbs=20)
-    plain, _ = run(overrides, **recipe, dropout=0.5, nbs=20)
+def test_the_peers_with_the_recipe_and_dropout(classifier_settings, recipe, method):
+    trainer, shifts = run(classifier_settings, **{**recipe, **ROWS}, dropout=0.5, sharpness_aware=method, swa=0.5, nbs=20)
+    plain, _ = run(classifier_settings, **recipe, dropout=0.5, nbs=20)
     assert [m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)] == [0.5]
     assert len(shifts) == 8 and trainer._averaged == 3
     trained = [b for b in trainer.trained if b["cls"].ndim == 2]
@@ -259,7 +259,7 @@ def test_the_peers_with_the_recipe_and_dropout(overrides, recipe, method):
 
 
 def test_mixup_is_for_classifiers(digits, tiny, tmp_path):
-    from yolo_sos.train import SOSDetectionTrainer
+    from yolo_sos.trainers import SOSDetectionTrainer
 
     with pytest.raises(ValueError, match=r"mixup_alpha=0.5 is for task=classify; for task=detect there is mixup"):
         SOSDetectionTrainer(
@@ -267,8 +267,8 @@ def test_mixup_is_for_classifiers(digits, tiny, tmp_path):
         )
 
 
-def test_a_failed_shift_leaves_the_model_alone(overrides):
-    trainer = SOSClassificationTrainer(overrides=overrides(**ROWS))
+def test_a_failed_shift_leaves_the_model_alone(classifier_settings):
+    trainer = SOSClassificationTrainer(classifier_settings=classifier_settings(**ROWS))
     trainer._setup_train()
     trainer.epoch = 0
     trainer.model.criterion = trainer.model.init_criterion()

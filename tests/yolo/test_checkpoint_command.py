@@ -8,7 +8,7 @@ import json
 import pytest
 
 from yolo_sos import cli
-from yolo_sos.checkpoint import job
+from yolo_sos.yolo import job
 from yolo_sos.config import SHIFT_SETTINGS
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from ultralytics import YOLO
 
-from yolo_sos.checkpoint.file import Checkpoint
-from yolo_sos.checkpoint.score import headline
+from yolo_sos.yolo.checkpoint import Checkpoint
+from yolo_sos.yolo.score import headline
 from yolo_sos.checkpoint.workbench import Workbench
 from yolo_sos.core import InputCapture
-from yolo_sos.core.layers import weight_matrix, write_weight
+from yolo_sos.core import weight_matrix, write_weight
 from yolo_sos.core.shift import evaluation, layer_outputs
-from yolo_sos.heads import HostTask, final_layers
+from yolo_sos.yolo.heads import YoloTask, final_layers
 
 HEADS = [
     *("yolov5n", "yolov10n", "yolo26n", "yolov8n-seg", "yolo26n-seg", "yolov8n-pose", "yolo26n-pose"),
@@ -35,7 +35,7 @@ def test_decoded_replays_are_what_the_model_returns_with_those_weights(name, fus
     model = YOLO(f"{name}.yaml").model
     model = model.fuse(verbose=False) if fuse else model
     layers, image = final_layers(model), torch.rand(2, 3, 64, 96)
-    task = HostTask(model, criterion=lambda *_: None)
+    task = YoloTask(model, criterion=lambda *_: None)
     weights = {layer.name: torch.randn_like(weight_matrix(layer.module)) for layer in layers}
     with evaluation(model), InputCapture(layers) as capture:
         output = model(image)
@@ -101,7 +101,7 @@ def test_the_model_runs_once_per_batch_however_many_sets_there_are(bench, monkey
 
 def test_an_error_half_way_removes_the_hooks_and_leaves_no_folder(bench, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("yolo_sos.checkpoint.score.layer_outputs", lambda *_: 1 / 0)
+    monkeypatch.setattr("yolo_sos.yolo.score.layer_outputs", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bench.score([{}])
     assert list(tmp_path.iterdir()) == []

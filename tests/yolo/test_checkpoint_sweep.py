@@ -10,8 +10,8 @@ from itertools import pairwise
 import cv2
 import pytest
 
-from yolo_sos.checkpoint import CheckpointSweep, shift_checkpoint, sweep_checkpoint
-from yolo_sos.checkpoint.sweep import BUDGETS, RANKS, cost, csv_of, trials_of
+from yolo_sos.yolo import CheckpointSweep, shift_checkpoint, sweep_checkpoint
+from yolo_sos.yolo.sweep import BUDGETS, RANKS, cost, csv_of, trials_of
 from yolo_sos.core import METHODS
 
 
@@ -44,7 +44,7 @@ def test_the_results_stand_beside_the_checkpoint_which_stays(swept, trained):
     assert rows[0]["method"] == "baseline"
     assert [r["method"] for r in rows] == [p.method for p in points]
     for row, point in zip(rows, points, strict=True):
-        assert float(row["norm_ratio"]) == pytest.approx(point.norm_ratio, rel=1e-5)
+        assert float(row["squared_norm_ratio"]) == pytest.approx(point.squared_norm_ratio, rel=1e-5)
         assert float(row["heldout_loss"]) == pytest.approx(point.heldout_loss, rel=1e-5)
         main = "metrics/mAP50-95(B)"
         assert float(row[f"val/{main}"]) == pytest.approx(point.metrics["val"][main], rel=1e-5)
@@ -72,10 +72,10 @@ def test_a_point_is_what_a_shift_alone_gives(swept, seen, weights, method, optio
     seed = options.get("seed", 0)
     point = find(points, method, options.get("budget", options.get("rank")), seed)
     if seed:  # another seed of a shift would choose other images, too
-        assert point.norm_ratio != find(points, method, options["rank"]).norm_ratio
+        assert point.squared_norm_ratio != find(points, method, options["rank"]).squared_norm_ratio
         return
     report = shift_checkpoint(weights(), seen, method=method, guard=None, **options)
-    assert point.norm_ratio == pytest.approx(report.norm_ratio, rel=1e-5)
+    assert point.squared_norm_ratio == pytest.approx(report.squared_norm_ratio, rel=1e-5)
     assert point.mean_rank == pytest.approx(report.rank)
     assert point.deviation_fit == pytest.approx(report.deviation, rel=1e-6, abs=1e-12)
     assert point.deviation_heldout == pytest.approx(report.deviation_heldout, rel=1e-4)
@@ -89,13 +89,13 @@ def test_the_curves_run_as_they_must(swept):
     _, points = swept
     for method, settings in ("principal", RANKS), ("expected", RANKS), ("budget", BUDGETS[::-1]):
         curve = [find(points, method, s) for s in settings]
-        assert all(a.norm_ratio < b.norm_ratio for a, b in pairwise(curve))
+        assert all(a.squared_norm_ratio < b.squared_norm_ratio for a, b in pairwise(curve))
         assert all(a.deviation_fit > b.deviation_fit for a, b in pairwise(curve))
     full = next(p for p in points if p.method == "full")
     assert full.deviation_heldout < 1e-6
     assert full.heldout_loss == pytest.approx(points[0].heldout_loss, rel=1e-4)
     baseline = points[0]
-    assert (baseline.norm_ratio, baseline.deviation_fit, baseline.deviation_heldout) == (1.0, 0.0, 0.0)
+    assert (baseline.squared_norm_ratio, baseline.deviation_fit, baseline.deviation_heldout) == (1.0, 0.0, 0.0)
     assert math.isnan(baseline.setting)
 
 

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolo_sos.train import SOSDetectionTrainer, mixin
-from yolo_sos.train.sampling import ShiftSample, draw, plain_view, preserve_rng, split_sizes
+from yolo_sos.trainers import SOSDetectionTrainer
+from yolo_sos.yolo.images import ShiftSample, draw, plain_view, preserve_rng, split_sizes
 
 PROPERTY = settings(derandomize=True, max_examples=200, deadline=None, database=None)
 

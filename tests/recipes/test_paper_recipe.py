@@ -9,8 +9,8 @@ from torch.utils.data import default_collate
 
 from yolo_sos.cli import parse, plan
 from yolo_sos.config import CFG_DIR, SOSConfig, is_sos_key, resolve_cfg, resolve_model
-from yolo_sos.train.classify import Mixup
-from yolo_sos.train.schedule import step_factor
+from yolo_sos.recipes.mixup import Mixup
+from yolo_sos.recipes.schedule import step_factor
 
 ARMS = sorted(path.stem for path in (CFG_DIR / "experiments/cifar").glob("*.yaml"))
 

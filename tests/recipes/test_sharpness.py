@@ -20,8 +20,8 @@ from ultralytics.utils.patches import torch_load
 from watched import same
 
 from yolo_sos.config import PEERS, SOSConfig
-from yolo_sos.train import SOSDetectionTrainer
-from yolo_sos.train.sharpness import BALANCE, RHO, SharpnessAware, frozen_statistics
+from yolo_sos.trainers import SOSDetectionTrainer
+from yolo_sos.recipes.sharpness import BALANCE, RHO, SharpnessAware, frozen_statistics
 
 CLIP = 10.0  # the host's
 

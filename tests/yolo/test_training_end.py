@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""A best.pt that is older than the first shift is shifted when training has ended."""
+"""Whatever ends a run, last.pt and best.pt are shifted: a checkpoint that no shift has reached is shifted at the end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from ultralytics.utils.patches import torch_load
 from watched import same
 
-from yolo_sos.train import SOSDetectionTrainer
+from yolo_sos.trainers import SOSDetectionTrainer
 
 
 class Fading(SOSDetectionTrainer):

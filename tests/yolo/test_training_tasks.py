@@ -12,7 +12,7 @@ import torch
 from ultralytics import YOLO
 from ultralytics.utils.patches import torch_load
 
-from yolo_sos.train import TRAINERS, mixin
+from yolo_sos.trainers import TRAINERS
 
 HEADS = {
     "segment": ("Segment, [nc, 16, 32]", "names: {0: box, 1: bar}", {"box", "cls", "mask"}),
@@ -91,7 +91,7 @@ def test_a_short_run_shifts_every_kind_of_layer(task, tiny_set, tmp_path, monkey
         def loss():
             model.eval()
             with torch.no_grad():
-                total = sum(task.size(b) * float(task.loss(task.forward(model, b), b)) for b in held)
+                total = sum(task.size(b) * float(task.loss(task.run(model, b), b)) for b in held)
             return total / sum(task.size(b) for b in held)
 
         before = loss()
