@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""Every classifier: those of the host, and the networks for 32 × 32 images that come along."""
+"""Every classifier: those of Ultralytics, and the networks for 32 × 32 images that come along."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ultralytics import YOLO
 from ultralytics.nn.modules import Classify
 from ultralytics.nn.tasks import ClassificationModel
 
-from yolo_sos.config import CFG_DIR, resolve_model
-from yolo_sos.core import Method, shift_layers
+from yolo_sos.builtin import CFG_DIR, resolve_model
+from yolo_sos.core import SOS, Method
 from yolo_sos.yolo.heads import YoloTask, final_layers
 from yolo_sos.trainers import SOSClassificationTrainer
 from yolo_sos.recipes.networks import set_head
 
-HOST = ["yolov8n-cls.yaml", "yolo11n-cls.yaml", "yolo12n-cls.yaml", "yolo26n-cls.yaml"]
+STOCK = ["yolov8n-cls.yaml", "yolo11n-cls.yaml", "yolo12n-cls.yaml", "yolo26n-cls.yaml"]
 OURS = {"vgg16bn-cifar": 512, "resnet18-cifar": 512, "densenet121-cifar": 1024, "vit-cifar": 192}  # d
 
 
@@ -40,7 +40,7 @@ def test_every_yaml_is_listed_here():
     assert sorted(OURS) == sorted(path.stem for path in (CFG_DIR / "models").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", [*HOST, *OURS])
+@pytest.mark.parametrize("name", [*STOCK, *OURS])
 def test_a_shift_keeps_the_outputs_of_its_images(name):
     model = build(name)
     if name in OURS:
@@ -57,9 +57,7 @@ def test_a_shift_keeps_the_outputs_of_its_images(name):
     (layer,) = final_layers(model)
     assert (layer.kind, type(layer.module)) == ("linear", nn.Linear)
     norm = layer.module.weight.detach().norm()
-    report = shift_layers(
-        model, [layer], [batch], YoloTask(model), heldout=[batch], method=Method("rows", rank=10), guard=1e-2
-    )
+    report = SOS(model, [layer], task=YoloTask(model), method=Method("rows", rank=10), guard=1e-2).shift([batch], [batch])
     with torch.no_grad():
         after = model(x)
     assert report.status == "ok" and report.layers[0].rank <= 6
