@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -85,6 +84,7 @@ except Exception as e:
     traceback.print_exc()
     error = f"{type(e).__name__}: {e}"
 (folder / f"{os.environ['RANK']}.json").write_text(json.dumps({"told": told, "error": error}))
+dist.barrier()  # a rank that leaves early breaks the connections of the other
 dist.destroy_process_group()
 """
 
@@ -94,12 +94,10 @@ def launch(defaults, tmp_path):
     """``launch(how)`` returns what two workers noted."""
 
     def launch(how: str) -> list[dict]:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
         script = tmp_path / "worker.py"
         script.write_text(WORKER)
-        place = ["--master_addr=127.0.0.1", f"--master_port={port}", "--nproc_per_node=2"]
+        # A port that is chosen by whoever binds it: one that is found free here may be taken by then.
+        place = ["--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2"]
         settings = json.dumps({**defaults, "amp": False, "batch": 12, "val": False})
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", *place, str(script), settings, str(tmp_path), how],

@@ -75,6 +75,7 @@ class ToyStock(BaseTrainer):
     def __init__(self, model, method, rho, scaler, lr=0.1, momentum=0.0):
         self.sos = SOSConfig.from_dict({"sharpness_aware": method, "rho": rho})
         self.model, self.ema, self.amp, self.scaler, self.callbacks = model, None, False, scaler, {}
+        self.start_epoch, self.metrics = 0, {}
         self.args, self.device = SimpleNamespace(amp=False, compile=False), torch.device("cpu")
         self.optimizer = torch.optim.SGD(
             [{"params": [model.a]}, {"params": [model.b, model.idle]}], lr=lr, momentum=momentum
@@ -96,6 +97,8 @@ class ToyStock(BaseTrainer):
 
 class ToyTrainer(SharpnessAware, ToyStock):
     """Ours."""
+
+    __init__ = ToyStock.__init__
 
 
 def scaler(enabled):

@@ -110,7 +110,6 @@ def test_a_checkpoint_of_any_task(model_of, data_of, name, task, kinds, method):
     assert all(r.status == "ok" and r.rank < 8.001 and r.rounding < 1e-2 for r in report.layers)
     assert report.squared_norm_ratio < 1
     assert report.heldout_after != report.heldout_before
-    assert report.heldout_saved == pytest.approx(report.heldout_after, rel=1e-2)
     for file, found in (report.model, report.metrics_before), (report.output, report.metrics_after):
         stock = YOLO(file).val(data=str(data), imgsz=64, batch=8, device="cpu", plots=False, workers=0)
         assert found == pytest.approx(dict(stock.results_dict), abs=1e-3)
