@@ -18,10 +18,11 @@ from ultralytics.models.yolo.classify import ClassificationTrainer
 from ultralytics.utils.patches import torch_load
 
 from yolo_sos.config import SOSConfig
+from yolo_sos.core import SOS
 from yolo_sos.trainers import SOSClassificationTrainer
 from yolo_sos.yolo.images import draw
 
-REAL_SHIFT = mixin.shift_layers
+REAL_SHIFT = SOS.shift
 ROWS = {"sos": True, "sos_method": "rows", "sos_rank": 30, "sos_interval": 1, "sos_start": 0.01, "sos_guard": 1e9}
 
 
@@ -45,18 +46,18 @@ def run(classifier_settings, trainer=Watched, callbacks=None, **settings):
     for event, callback in (callbacks or {}).items():
         trainer.add_callback(event, callback)
 
-    def shift(model, layers, fit, task, *, heldout=(), **kwargs):
-        seen = {"fit": list(fit), "heldout": list(heldout), "off": []}
-        drops = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    def shift(sos, batches, heldout=(), **kwargs):
+        seen = {"fit": list(batches), "heldout": list(heldout), "off": []}
+        drops = [m for m in sos.model.modules() if isinstance(m, nn.Dropout)]
         handles = [m.register_forward_hook(lambda m, _, out: seen["off"].append(not m.training)) for m in drops]
-        seen["report"] = REAL_SHIFT(model, layers, seen["fit"], task, heldout=seen["heldout"], **kwargs)
+        seen["report"] = REAL_SHIFT(sos, seen["fit"], seen["heldout"], **kwargs)
         for handle in handles:
             handle.remove()
         shifts.append(seen)
         return seen["report"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixin, "shift_layers", shift)
+        patch.setattr(SOS, "shift", shift)
         trainer.train()
     return trainer, shifts
 
@@ -156,18 +157,17 @@ def ready(classifier_settings):
 )
 def test_there_are_rows_enough(ready, monkeypatch, settings, images):
     monkeypatch.setattr(ready, "sos", SOSConfig.from_dict({"sos": True, **settings}))
-    source = ready.shift_source()
-    assert source.images == images
-    assert Counter(source.labels) == {0: 12, 1: 4, **dict.fromkeys(range(2, 8), 6), 8: 5, 9: 3}
+    assert ready.shift_images() == images
+    assert Counter(ready.plain_images()[1]) == {0: 12, 1: 4, **dict.fromkeys(range(2, 8), 6), 8: 5, 9: 3}
 
 
 @pytest.mark.parametrize(("rank", "warned"), [(9, True), (10, False), (0.005, True), (0.5, False)])
 def test_a_rank_below_the_number_of_classes_warns(classifier_settings, monkeypatch, rank, warned):
     said = []
     trainer = SOSClassificationTrainer(classifier_settings=classifier_settings(sos=True, sos_rank=rank))
-    monkeypatch.setattr("yolo_sos.train.classify.LOGGER.warning", said.append)
+    monkeypatch.setattr("yolo_sos.trainers.LOGGER.warning", said.append)
     trainer._setup_train()
-    ours = [line for line in said if "sos_rank" in line]  # the host's logger is one: it may warn of slow disks, too
+    ours = [line for line in said if "sos_rank" in line]  # Ultralytics' logger is one: it may warn of slow disks, too
     assert [f"sos_rank={rank} keeps" in line and "fewer than the 10 classes" in line for line in ours] == [
         True
     ] * warned
