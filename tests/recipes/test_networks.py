@@ -138,19 +138,19 @@ def trained(classifier_settings):
 
 
 def test_fine_tuning_takes_the_final_layer_along(trained, classifier_settings):
-    trainer = SOSClassificationTrainer(classifier_settings=classifier_settings(model=str(trained.last), sos=True))
+    trainer = SOSClassificationTrainer(overrides=classifier_settings(model=str(trained.last), sos=True))
     trainer.setup_model()
     ours = trainer.model.state_dict()
     saved = YOLO(trained.last).model.state_dict()
     assert list(ours) == list(saved)
     assert all(torch.equal(ours[k].float(), saved[k].float()) for k in ours)
-    fresh = SOSClassificationTrainer(classifier_settings=classifier_settings(model=str(trained.last), pretrained=False))
+    fresh = SOSClassificationTrainer(overrides=classifier_settings(model=str(trained.last), pretrained=False))
     fresh.setup_model()
     assert not torch.equal(fresh.model.model[-1].linear.weight, saved["model.2.linear.weight"].float())
 
 
 def test_a_vit_names_the_size_that_it_takes(classifier_settings):
-    trainer = SOSClassificationTrainer(classifier_settings=classifier_settings(model="vit-cifar.yaml", imgsz=64))
+    trainer = SOSClassificationTrainer(overrides=classifier_settings(model="vit-cifar.yaml", imgsz=64))
     with pytest.raises(ValueError, match=r"imgsz=64: .*vit-cifar.yaml takes imgsz=32 and no other"):
         trainer.setup_model()
 

@@ -76,7 +76,7 @@ class ToyStock(BaseTrainer):
         self.sos = SOSConfig.from_dict({"sharpness_aware": method, "rho": rho})
         self.model, self.ema, self.amp, self.scaler, self.callbacks = model, None, False, scaler, {}
         self.start_epoch, self.metrics = 0, {}
-        self.args, self.device = SimpleNamespace(amp=False, compile=False), torch.device("cpu")
+        self.args, self.device = SimpleNamespace(amp=False, compile=False, distill_model=None), torch.device("cpu")
         self.optimizer = torch.optim.SGD(
             [{"params": [model.a]}, {"params": [model.b, model.idle]}], lr=lr, momentum=momentum
         )

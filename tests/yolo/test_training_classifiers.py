@@ -42,7 +42,7 @@ class Watched(SOSClassificationTrainer):
 def run(classifier_settings, trainer=Watched, callbacks=None, **settings):
     """Train, and return the trainer and, for each model of each shift, the batches to fit on and to hold out."""
     shifts = []
-    trainer = trainer(classifier_settings=classifier_settings(**settings))
+    trainer = trainer(overrides=classifier_settings(**settings))
     for event, callback in (callbacks or {}).items():
         trainer.add_callback(event, callback)
 
@@ -137,7 +137,7 @@ def test_sos_false_is_the_stock_trainer(classifier_settings):
 # How many images, and which -------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def ready(classifier_settings):
-    trainer = SOSClassificationTrainer(classifier_settings=classifier_settings(sos=True))
+    trainer = SOSClassificationTrainer(overrides=classifier_settings(sos=True))
     trainer._setup_train()
     return trainer
 
@@ -164,7 +164,7 @@ def test_there_are_rows_enough(ready, monkeypatch, settings, images):
 @pytest.mark.parametrize(("rank", "warned"), [(9, True), (10, False), (0.005, True), (0.5, False)])
 def test_a_rank_below_the_number_of_classes_warns(classifier_settings, monkeypatch, rank, warned):
     said = []
-    trainer = SOSClassificationTrainer(classifier_settings=classifier_settings(sos=True, sos_rank=rank))
+    trainer = SOSClassificationTrainer(overrides=classifier_settings(sos=True, sos_rank=rank))
     monkeypatch.setattr("yolo_sos.trainers.LOGGER.warning", said.append)
     trainer._setup_train()
     ours = [line for line in said if "sos_rank" in line]  # Ultralytics' logger is one: it may warn of slow disks, too
@@ -223,10 +223,10 @@ def test_the_recipe_survives_a_resume(classifier_settings, recipe, sos):
 
     settings = {**recipe, **(ROWS if sos else {"sos": False})}
     with pytest.raises(KeyboardInterrupt):
-        broken = Watched(classifier_settings=classifier_settings(**settings))
+        broken = Watched(overrides=classifier_settings(**settings))
         broken.add_callback("on_train_epoch_start", interrupt)
         broken.train()
-    resumed = Watched(classifier_settings={"resume": str(broken.last), "device": "cpu"})
+    resumed = Watched(overrides={"resume": str(broken.last), "device": "cpu"})
     assert resumed.sos == broken.sos
     resumed.train()
     assert rates(resumed) == pytest.approx([0.1, 0.1, 0.01, 0.001])
@@ -238,12 +238,12 @@ def test_a_run_without_sos_but_with_the_recipe_cannot_be_resumed_with_sos(classi
         if trainer.epoch == 1:
             raise KeyboardInterrupt
 
-    broken = Watched(classifier_settings=classifier_settings(**recipe))
+    broken = Watched(overrides=classifier_settings(**recipe))
     broken.add_callback("on_train_epoch_start", interrupt)
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     with pytest.raises(ValueError, match="was trained without SOS"):
-        Watched(classifier_settings={"resume": str(broken.last), "device": "cpu", "sos": True})
+        Watched(overrides={"resume": str(broken.last), "device": "cpu", "sos": True})
 
 
 @pytest.mark.parametrize("method", ["sam", "asam", "gnp"])
@@ -268,7 +268,7 @@ def test_mixup_is_for_classifiers(digits, tiny, tmp_path):
 
 
 def test_a_failed_shift_leaves_the_model_alone(classifier_settings):
-    trainer = SOSClassificationTrainer(classifier_settings=classifier_settings(**ROWS))
+    trainer = SOSClassificationTrainer(overrides=classifier_settings(**ROWS))
     trainer._setup_train()
     trainer.epoch = 0
     trainer.model.criterion = trainer.model.init_criterion()
