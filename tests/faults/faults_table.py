@@ -88,7 +88,10 @@ FAULTS_ELSEWHERE = {
     ),
     "recipes/test_averaging.py::test_distillation_is_refused": ("swa or sharpness_aware with distill_model", "refused"),
     "core/test_weighting.py::test_groups_without_mass_add_nothing": ("a class without any row", "adds nothing"),
-    "core/test_solver.py::test_rows_that_span_nothing_change_nothing": ("rows that are all zero", "not shifted; reported"),
+    "core/test_solver.py::test_rows_that_span_nothing_change_nothing": (
+        "rows that are all zero",
+        "not shifted; reported",
+    ),
     "core/test_shift.py::test_rows_see_a_single_bad_pixel": ("one pixel of the features NaN", "not shifted; reported"),
     "core/test_solver.py::test_overflow_on_the_way_changes_nothing": ("overflow in a solve", "not shifted; reported"),
     "core/test_shift.py::test_an_exception_leaves_everything_as_it_was": (

@@ -145,7 +145,9 @@ def test_no_space_for_the_log(train, monkeypatch):
         pytest.param("model.5.cv2.0.2.weight", torch.nan, marks=fault("NaN in a final layer", "not shifted; reported")),
         pytest.param("model.5.cv2.0.2.weight", torch.inf, marks=fault("Inf in a final layer", "not shifted; reported")),
         pytest.param("model.0.conv.weight", torch.nan, marks=fault("NaN in all features", "not shifted; reported")),
-        pytest.param("model.0.conv.weight", torch.inf, marks=fault("Inf in a backbone's weight", "not shifted; reported")),
+        pytest.param(
+            "model.0.conv.weight", torch.inf, marks=fault("Inf in a backbone's weight", "not shifted; reported")
+        ),
     ],
 )
 def test_weights_that_are_not_finite(train, monkeypatch, name, value):

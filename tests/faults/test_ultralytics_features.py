@@ -79,6 +79,7 @@ def test_mixed_precision(train, monkeypatch):
 
 
 @pytest.mark.feature("compile=True", "works")
+@pytest.mark.slow
 def test_a_compiled_model(train, monkeypatch):
     """By dynamo without code generation: Ultralytics' own back end takes a minute on the CPU."""
     compiled = []
@@ -125,6 +126,7 @@ def test_a_limit_of_time(train):
 
 
 @pytest.mark.feature("deterministic=True", "same seed, same machine: same weights, bit for bit")
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(train):
     first, second, other = (
         torch_load(train(seed=seed).save_dir / "weights/last.pt", map_location="cpu")["model"].state_dict()

@@ -14,8 +14,8 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils.patches import torch_load
 from watched import same
 
-from yolo_sos.yolo.heads import final_layers
 from yolo_sos.trainers import SOSDetectionTrainer
+from yolo_sos.yolo.heads import final_layers
 
 
 def parameters(run, weights):

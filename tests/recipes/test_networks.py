@@ -17,9 +17,9 @@ from ultralytics.nn.tasks import ClassificationModel
 
 from yolo_sos.builtin import CFG_DIR, resolve_model
 from yolo_sos.core import SOS, Method
-from yolo_sos.yolo.heads import YoloTask, final_layers
-from yolo_sos.trainers import SOSClassificationTrainer
 from yolo_sos.recipes.networks import set_head
+from yolo_sos.trainers import SOSClassificationTrainer
+from yolo_sos.yolo.heads import YoloTask, final_layers
 
 STOCK = ["yolov8n-cls.yaml", "yolo11n-cls.yaml", "yolo12n-cls.yaml", "yolo26n-cls.yaml"]
 OURS = {"vgg16bn-cifar": 512, "resnet18-cifar": 512, "densenet121-cifar": 1024, "vit-cifar": 192}  # d
@@ -57,7 +57,9 @@ def test_a_shift_keeps_the_outputs_of_its_images(name):
     (layer,) = final_layers(model)
     assert (layer.kind, type(layer.module)) == ("linear", nn.Linear)
     norm = layer.module.weight.detach().norm()
-    report = SOS(model, [layer], task=YoloTask(model), method=Method("rows", rank=10), guard=1e-2).shift([batch], [batch])
+    report = SOS(model, [layer], task=YoloTask(model), method=Method("rows", rank=10), guard=1e-2).shift(
+        [batch], [batch]
+    )
     with torch.no_grad():
         after = model(x)
     assert report.status == "ok" and report.layers[0].rank <= 6

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from yolo_sos.cli import parse, plan
 from yolo_sos.builtin import CFG_DIR, resolve_cfg, resolve_model
+from yolo_sos.cli import parse, plan
 from yolo_sos.config import SOSConfig, is_sos_key
 from yolo_sos.recipes.mixup import Mixup
 from yolo_sos.recipes.schedule import step_factor

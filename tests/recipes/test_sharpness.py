@@ -20,8 +20,8 @@ from ultralytics.utils.patches import torch_load
 from watched import same
 
 from yolo_sos.config import PEERS, SOSConfig
-from yolo_sos.trainers import SOSDetectionTrainer
 from yolo_sos.recipes.sharpness import BALANCE, RHO, SharpnessAware, frozen_statistics
+from yolo_sos.trainers import SOSDetectionTrainer
 
 CLIP = 10.0  # Ultralytics'
 
@@ -443,6 +443,7 @@ def test_one_seed_is_one_run(train, sam):
     assert not same(other.model.state_dict(), sam.model.state_dict())
 
 
+@pytest.mark.slow
 def test_the_warmup_of_accumulation_and_batches_over_the_end_of_an_epoch(train):
     """Ultralytics steps when so many batches have come; 24 images make three of 8."""
     trainer = train(trainer=Ours, epochs=4, nbs=32, warmup_epochs=2, sharpness_aware="sam").trainer
@@ -452,6 +453,7 @@ def test_the_warmup_of_accumulation_and_batches_over_the_end_of_an_epoch(train):
 
 
 @pytest.mark.parametrize("optimizer", ["MuSGD", "AdamW"])
+@pytest.mark.slow
 def test_other_optimizers_and_what_they_save(train, optimizer):
     """The library's keys stay out of the optimizer, and so out of checkpoints."""
     settings = {"epochs": 1, "optimizer": optimizer, "nbs": 8, "warmup_epochs": 0}

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from yolo_sos import cli
-from yolo_sos.yolo import job
 from yolo_sos.config import SHIFT_SETTINGS
+from yolo_sos.yolo import job
 
 
 def run(*args):

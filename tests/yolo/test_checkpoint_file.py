@@ -13,9 +13,9 @@ from torch import nn
 from ultralytics import YOLO
 from ultralytics.utils.patches import torch_load
 
-from yolo_sos.yolo.checkpoint import Checkpoint
 from yolo_sos.config import SOSConfig
 from yolo_sos.core import weight_matrix
+from yolo_sos.yolo.checkpoint import Checkpoint
 
 
 def edited(path: Path, edit) -> Path:

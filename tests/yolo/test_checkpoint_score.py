@@ -7,12 +7,10 @@ import pytest
 import torch
 from ultralytics import YOLO
 
-from yolo_sos.yolo.score import headline
+from yolo_sos.core import InputCapture, evaluation, layer_outputs, weight_matrix, write_weight
 from yolo_sos.yolo import CheckpointShift
-from yolo_sos.core import InputCapture
-from yolo_sos.core import weight_matrix, write_weight
-from yolo_sos.core import evaluation, layer_outputs
 from yolo_sos.yolo.heads import YoloTask, final_layers
+from yolo_sos.yolo.score import headline
 
 HEADS = [
     *("yolov5n", "yolov10n", "yolo26n", "yolov8n-seg", "yolo26n-seg", "yolov8n-pose", "yolo26n-pose"),

@@ -34,17 +34,17 @@ def final_weights(path):
     return {layer.name: weight_matrix(layer.module).double() for layer in final_layers(load_checkpoint(path)[0])}
 
 
-def opened(path, data, seed=0):
+def opened(path, data, seed=0, batch=None):
     """Return a model, its final layers and its images."""
     checkpoint = Checkpoint(path)
     device = torch.device("cpu")
-    opened = CheckpointData(checkpoint, data, imgsz=None, batch=None, device=device)
+    opened = CheckpointData(checkpoint, data, imgsz=None, batch=batch, device=device)
     return checkpoint.model, checkpoint.layers, opened.sample(split_sizes(len(opened.dataset), None), seed)
 
 
-def loss_of(path, data):
+def loss_of(path, data, **options):
     """Return Ultralytics' loss per image of a whole model on the held-out images."""
-    model, _, images = opened(path, data)
+    model, _, images = opened(path, data, **options)
     task, total = YoloTask(model), 0.0
     with evaluation(model):
         for batch in images.batches("heldout"):
@@ -226,7 +226,9 @@ def test_every_image_runs_once(weights, seen, monkeypatch):
 
     monkeypatch.setattr(type(job.model), "_predict_once", counted)
     job.run()
-    assert runs == [(True, 8)] * 3 + [(False, 8)]  # 16 images to fit on and 8 held out; those once more to verify
+    assert runs == [(True, n) for n in (8, 4, 6, 6)] + [
+        (False, 6)
+    ]  # fit, selection, held-out; this once more to verify
 
 
 # Drawn rows -----------------------------------------------------------------------------------------------------------
@@ -429,8 +431,9 @@ def test_two_checkpoints_of_one_folder_have_results_of_their_own(weights, seen):
 def test_a_shift_of_several_batches_is_that_of_one(weights, seen):
     path = weights()
     one, several = (shift_checkpoint(path, seen, **ALL, val=False, exist_ok=True, batch=b) for b in (8, 3))
-    assert several.heldout_before == pytest.approx(loss_of(path, seen), rel=1e-3)
-    assert several.heldout_after == pytest.approx(one.heldout_after, rel=1e-3)
+    # Ultralytics' loss of an image depends on the others of its batch
+    assert several.heldout_before == pytest.approx(loss_of(path, seen, batch=3), rel=1e-5)
+    assert several.heldout_after == pytest.approx(loss_of(several.output, seen, batch=3), rel=1e-5)
     assert several.squared_norm_ratio == pytest.approx(one.squared_norm_ratio, rel=1e-4)
 
 
@@ -456,6 +459,7 @@ print("mAP", found)
 """
 
 
+@pytest.mark.slow
 def test_stock_ultralytics_validates_exports_tunes_and_resumes_what_is_written(weights, seen, tmp_path):
     best, last = weights("best"), weights("last")
     report = shift_checkpoint(best, seen, **ALL)

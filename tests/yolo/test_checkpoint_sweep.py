@@ -10,9 +10,9 @@ from itertools import pairwise
 import cv2
 import pytest
 
+from yolo_sos.core import METHODS
 from yolo_sos.yolo import CheckpointSweep, shift_checkpoint, sweep_checkpoint
 from yolo_sos.yolo.sweep import BUDGETS, RANKS, cost, csv_of, trials_of
-from yolo_sos.core import METHODS
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import torch
 import yaml
 from ultralytics import YOLO
 
-from yolo_sos.yolo import shift_checkpoint
 from yolo_sos.core import weight_matrix
+from yolo_sos.yolo import shift_checkpoint
 from yolo_sos.yolo.heads import final_layers
 
 

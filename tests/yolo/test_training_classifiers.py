@@ -247,8 +247,11 @@ def test_a_run_without_sos_but_with_the_recipe_cannot_be_resumed_with_sos(classi
 
 
 @pytest.mark.parametrize("method", ["sam", "asam", "gnp"])
+@pytest.mark.slow
 def test_the_peers_with_the_recipe_and_dropout(classifier_settings, recipe, method):
-    trainer, shifts = run(classifier_settings, **{**recipe, **ROWS}, dropout=0.5, sharpness_aware=method, swa=0.5, nbs=20)
+    trainer, shifts = run(
+        classifier_settings, **{**recipe, **ROWS}, dropout=0.5, sharpness_aware=method, swa=0.5, nbs=20
+    )
     plain, _ = run(classifier_settings, **recipe, dropout=0.5, nbs=20)
     assert [m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)] == [0.5]
     assert len(shifts) == 8 and trainer._averaged == 3

@@ -12,10 +12,10 @@ from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils.patches import torch_load
 from watched import EPOCHS, REAL_SHIFT, same
+from yolo_sos.train import mixin
 
 from yolo_sos.cli import main
 from yolo_sos.yolo.heads import final_layers
-from yolo_sos.train import mixin
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

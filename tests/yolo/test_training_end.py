@@ -147,6 +147,7 @@ def test_a_second_run_in_one_folder_has_no_shifts_of_the_first(again):
 
 
 @pytest.mark.parametrize("trainer", [SOSDetectionTrainer, DetectionTrainer])
+@pytest.mark.slow
 def test_a_second_run_without_sos_is_the_stock_one(again, train, trainer):
     again(sos=True, epochs=2, plots=True)
     second, alone = again(trainer=trainer, epochs=2), train(epochs=2)
@@ -165,8 +166,10 @@ def test_a_run_that_saves_nothing_leaves_the_checkpoints_of_another_alone(again)
         assert same(state(path), before[path.name])
 
 
-def test_a_run_that_saves_nothing_ends_without_an_error(train):
-    run = train(sos=True, sos_start=1.0, epochs=9, save=False, callbacks=stop_after(1, "on_fit_epoch_end"))
+def test_a_run_that_saves_nothing_ends_as_it_does_without_sos(train):
+    ending = {"epochs": 9, "save": False, "callbacks": stop_after(1, "on_fit_epoch_end"), "error": FileNotFoundError}
+    run, stock = train(sos=True, sos_start=1.0, **ending), train(**ending)
+    assert [str(r.error).split(". ")[0] for r in (run, stock)] == ["Training completed but no checkpoint was saved"] * 2
     assert not list((run.save_dir / "weights").iterdir()) and not run.shifts
 
 

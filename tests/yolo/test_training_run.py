@@ -237,6 +237,7 @@ def test_kinds_of_layers_that_are_not_chosen_stay(train, layers):
             assert torch.equal(after[key], before[key]) == (layer.kind == "box"), key
 
 
+@pytest.mark.slow
 def test_interval_and_start(train):
     run = train(sos=True, epochs=5, sos_start=0.3, sos_interval=2)
     assert sorted(run.images) == [2, 4]
@@ -352,6 +353,7 @@ def test_a_loss_that_rises_leaves_the_weights_and_is_reported(train, monkeypatch
     assert {float(shift["t"]) for shift in run.shifts} == {0 if guarded else 1}
 
 
+@pytest.mark.slow
 def test_the_trainer_of_the_readme(train, digits, tmp_path):
     from yolo_sos import SOSDetectionTrainer
 

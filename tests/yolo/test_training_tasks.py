@@ -128,6 +128,7 @@ def test_a_short_run_shifts_every_kind_of_layer(task, tiny_set, tmp_path, monkey
 
 
 @pytest.mark.parametrize("task", HEADS)
+@pytest.mark.slow
 def test_the_peers_train_every_task(task, tiny_set, tmp_path):
     model = tmp_path / f"tiny-{task}.yaml"
     model.write_text(MODEL.format(head=HEADS[task][0]))

@@ -66,6 +66,7 @@ def test_the_settings_reach_a_worker_which_writes_no_file(overrides):
     assert rebuild(trainer, rank=1) == ["SOSDetectionTrainer", settings, [], False]
 
 
+@pytest.mark.slow
 def test_carried_settings_are_those_of_the_run_alone(overrides):
     """In one process, they reach neither the next trainer nor the callbacks that it was given."""
     callbacks = get_default_callbacks()

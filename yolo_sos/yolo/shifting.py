@@ -72,7 +72,8 @@ class Shifting(TrainerExtension):
         return self.sos.sos_images or max(IMAGES, PER_CLASS * self.data["nc"])
 
     def _sizes(self, images: int) -> dict[str, int]:
-        return split_sizes(len(self.train_loader.dataset), images, guarded=self.sos.sos_guard is not None)
+        sizes = split_sizes(len(self.train_loader.dataset), images, guarded=self.sos.sos_guard is not None)
+        return {name: sizes[name] for name in ("fit", "heldout")}  # in this order: rare classes are fitted on
 
     def run_callbacks(self, event: str) -> None:
         """Shift at the end of a training epoch, or before the first, ahead of the callbacks.
