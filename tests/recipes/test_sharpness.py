@@ -48,7 +48,7 @@ def clipped(gradients):
     return [g * min(1.0, CLIP / norm) for g in gradients]
 
 
-# A toy problem in Ultralytics' own optimizer_step -----------------------------------------------------------------------
+# A toy problem in Ultralytics' own optimizer_step ----------------------------------------------------------------
 class Toy(nn.Module):
     """A loss that is far from quadratic, with a factor that takes the gradient over Ultralytics' clip."""
 
@@ -299,7 +299,7 @@ def test_the_library_is_asked_for_before_the_data_are_read(digits, tiny, tmp_pat
     assert not hasattr(trainer, "train_loader")
 
 
-# In Ultralytics' loop ---------------------------------------------------------------------------------------------------
+# In Ultralytics' loop -------------------------------------------------------------------------------------------
 COUNTED: list[bool] = []  # forward passes in training; not the trainer's, for Ultralytics copies a model with its hooks
 
 

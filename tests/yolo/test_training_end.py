@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""Whatever ends a run, last.pt and best.pt are shifted: a checkpoint that no shift has reached is shifted at the end."""
+"""Whatever ends a run, last.pt and best.pt are shifted: at its end, where no shift has reached them."""
 
 from __future__ import annotations
 
