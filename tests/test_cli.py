@@ -322,7 +322,7 @@ def test_without_data_the_hosts_default_is_taken_and_said(trained, tiny, caplog)
 
 
 @pytest.fixture(scope="module")
-def end_to_end(digits, tiny, ultralytics_home, tmp_path_factory):
+def end_to_end(digits, tiny, host_home, tmp_path_factory):
     """A training by a file of both kinds of settings, with TensorBoard on; its folder, and what it printed."""
     pytest.importorskip("tensorboard")
     folder = tmp_path_factory.mktemp("command")
@@ -330,7 +330,7 @@ def end_to_end(digits, tiny, ultralytics_home, tmp_path_factory):
         f"model: {tiny}\ndata: {digits}\nimgsz: 64\nbatch: 8\nworkers: 0\ndevice: cpu\nplots: false\nepochs: 9\n"
         f"project: {folder}\nname: run\nsos: true\nsos_start: 1.0\nsos_images: 8\nsos_guard: none\nsos_rank: 0.25\n"
     )
-    env = {**os.environ, "YOLO_CONFIG_DIR": str(ultralytics_home(folder / "home", tensorboard=True))}
+    env = {**os.environ, "YOLO_CONFIG_DIR": str(host_home(folder / "home", tensorboard=True))}
     env.pop("PYTEST_CURRENT_TEST", None)  # the host logs nothing to TensorBoard in tests
     command = [sys.executable, "-m", "yolo_sos.cli", "train", "cfg=mine.yaml", "epochs=2", "sos_rank=12"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
