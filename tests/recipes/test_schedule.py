@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolo_sos.train.schedule import is_due, step_factor
+from yolo_sos.core import is_due
+from yolo_sos.recipes.schedule import step_factor
 
 PROPERTY = settings(derandomize=True, max_examples=200, deadline=None, database=None)
 

@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""Without SOS, and until the first shift, a run is the host's own, bit for bit."""
+"""Without SOS, and until the first shift, a run is that of Ultralytics, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from ultralytics.utils.patches import torch_load
 from watched import EPOCHS, same
 
-from yolo_sos.core import LayerRecord, ShiftReport
-from yolo_sos.train import mixin
+from yolo_sos.core import SOS, LayerReport, ShiftReport
 
 TIMES = {"time"}
 
@@ -62,13 +61,13 @@ def test_a_shift_leaves_the_run_its_random_numbers_and_its_data(stock, train, mo
     """With a shift that draws from every source and writes nothing, all four epochs are the stock ones."""
     drawn = []
 
-    def idle(model, layers, fit, task, *, heldout, shifted, **_):
-        model.eval()(next(iter(fit))["img"])
+    def idle(sos, batches, heldout, **_):
+        sos.model.eval()(next(iter(batches))["img"])
         drawn.append((random.random(), np.random.rand(), torch.rand(3), [len(b["img"]) for b in heldout]))
-        record = LayerRecord(layers[0].name, "box", 0, 1, 1, 1.0, 1.0, 1.0, 0.0, "ok")
-        return ShiftReport((record,), 1.0, 1.0, 1.0, {"solve": 0.0})
+        record = LayerReport(sos.layers[0].name, "box", 0, 1, 1, 1.0, 1.0, 1.0, 0.0, "ok")
+        return ShiftReport((record,), 1.0, 1.0, 1.0, None, {"solve": 0.0})
 
-    monkeypatch.setattr(mixin, "shift_layers", idle)
+    monkeypatch.setattr(SOS, "shift", idle)
     run = train(sos=True)
     assert len(drawn) == 2 * 3
     for epoch in stock.ended:

@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""Training and what follows it on a GPU, in mixed precision, as the host does there by default."""
+"""Training and what follows it on a GPU, in mixed precision, as Ultralytics does there by default."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils.patches import torch_load
 from watched import EPOCHS, REAL_SHIFT, same
 
-from yolo_sos.cli import main
-from yolo_sos.heads import final_layers
-from yolo_sos.train import mixin
+from yolo_sos.core import SOS
+from yolo_sos.yolo import shift_checkpoint
+from yolo_sos.yolo.heads import final_layers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -60,12 +60,12 @@ def test_a_broken_run_goes_on(train, interrupt):
     assert [row["epoch"] for row in resumed.shifts][:: len(final_layers(resumed.trainer.model)) * 2] == ["2", "3", "4"]
 
 
-def test_without_sos_it_is_the_host(train):
-    """As far as the host repeats itself on a GPU."""
-    hosts = [train(trainer=DetectionTrainer, device=0, amp=True) for _ in range(2)]
-    states = [r.ended[EPOCHS]["ema"] for r in (*hosts, train(device=0, amp=True))]
+def test_without_sos_it_is_ultralytics(train):
+    """As far as Ultralytics repeats itself on a GPU."""
+    stock = [train(trainer=DetectionTrainer, device=0, amp=True) for _ in range(2)]
+    states = [r.ended[EPOCHS]["ema"] for r in (*stock, train(device=0, amp=True))]
     if not same(*states[:2]):
-        pytest.skip("two runs of the host differ here")
+        pytest.skip("two runs of Ultralytics differ here")
     assert same(states[0], states[2])
 
 
@@ -80,14 +80,14 @@ def test_out_of_memory(train, monkeypatch):
     """Of 8 images: the allocator's own error, and half as many."""
     sizes = []
 
-    def hungry(model, layers, fit, *args, **kwargs):
-        batches = list(fit)
+    def hungry(sos, batches, *args, **kwargs):
+        batches = list(batches)
         sizes.append(sum(len(batch["img"]) for batch in batches))
         if sizes[-1] > 4:
             torch.empty(1 << 45, device="cuda")
-        return REAL_SHIFT(model, layers, batches, *args, **kwargs)
+        return REAL_SHIFT(sos, batches, *args, **kwargs)
 
-    monkeypatch.setattr(mixin, "shift_layers", hungry)
+    monkeypatch.setattr(SOS, "shift", hungry)
     run = train(sos=True, device=0, epochs=2)
     assert sizes == 2 * [8, 4, 4]
     assert any("Out of memory with 8 images for the shift: trying 4." in line for line in run.log)
@@ -101,7 +101,7 @@ def test_a_trained_checkpoint_is_shifted_as_on_the_cpu(run, digits, tmp_path, mo
         path = tmp_path / device / "last.pt"
         path.parent.mkdir()
         shutil.copy(run.save_dir / "weights/last.pt", path)
-        main(["shift", f"model={path}", f"data={digits}", f"device={device}", "val=false", "guard=none", "rank=0.25"])
+        shift_checkpoint(path, digits, device=device, val=False, guard=None, rank=0.25)
         weights[device] = torch_load(path.with_name("last-sos.pt"), map_location="cpu")["model"].float().state_dict()
     for key, expected in weights["cpu"].items():  # but for the last digits of float16, in which they are saved
         difference = (weights["0"][key] - expected).double().norm()

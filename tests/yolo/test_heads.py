@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""The final linear layers of every model that the host ships, and predictions replayed from other final weights."""
+"""The final linear layers of every model of Ultralytics, and predictions replayed from other final weights."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from ultralytics.nn.tasks import (
 )
 from ultralytics.utils import DEFAULT_CFG_DICT, IterableSimpleNamespace
 
-from yolo_sos.core import FinalLayer, InputCapture, Method, shift_layers
-from yolo_sos.core.layers import write_weight
-from yolo_sos.heads import HostTask, final_layers, head_of, select_layers
+from yolo_sos.core import SOS, FinalLayer, InputCapture, write_weight
+from yolo_sos.yolo.heads import YoloTask, final_layers, head_of, layers_of_kinds
 
 MODELS = Path(ultralytics.__file__).parent / "cfg/models"
 KINDS = {  # head -> kinds of its final layers
@@ -42,7 +41,7 @@ REFUSED = {
     *("RTDETRDecoder", "WorldDetect", "YOLOEDetect", "YOLOESegment", "YOLOESegment26"),
     *("SemanticSegment", "Depth"),
 }
-# What was found when this was written, branches × levels × kinds: no release of the host may change it unnoticed.
+# What was found when this was written, branches × levels × kinds: no release of Ultralytics may change it unnoticed.
 TABLE = {
     "1 × 1 × linear": "yolo11-cls yolo11-cls-resnet18 yolo12-cls yolo26-cls yolov8-cls yolov8-cls-resnet50 "
     "yolov8-cls-resnet101",
@@ -81,7 +80,7 @@ def build_shapes(file: Path) -> tuple[nn.Module, dict]:
 def summary(layers: list[FinalLayer]) -> str:
     """Return branches × levels × kinds."""
     kinds = dict.fromkeys(layer.kind for layer in layers)
-    levels = {layer.scale for layer in layers}
+    levels = {layer.level for layer in layers}
     assert levels == set(range(len(levels)))
     return f"{len(layers) // len(kinds) // len(levels)} × {len(levels)} × {' '.join(kinds)}"
 
@@ -115,7 +114,7 @@ def test_every_shipped_model_has_its_final_layers_found_or_is_refused(file):
         assert isinstance(module, nn.Linear) or module.kernel_size == (1, 1)
         assert module.weight.shape[0] == (nk if layer.kind == "kpt" else width[layer.kind])
         classifiers = [other for other in layers if other.name == layer.classifier]
-        assert [(c.kind, c.scale) for c in classifiers] == [("linear" if name == "Classify" else "cls", layer.scale)]
+        assert [(c.kind, c.level) for c in classifiers] == [("linear" if name == "Classify" else "cls", layer.level)]
         assert ("one2one" in layer.name) == ("one2one" in layer.classifier)
 
 
@@ -132,11 +131,11 @@ def test_a_model_of_another_family_is_refused_by_its_own_name():
         final_layers(nn.Linear(3, 2))
 
 
-def test_kinds_choose_layers_and_a_kind_that_is_not_there_is_named():
+def test_kinds_choose_layers_and_an_absent_kind_is_named():
     layers = final_layers(build_shapes(MODELS / "11/yolo11-seg.yaml")[0])
-    assert [layer.kind for layer in select_layers(layers, ["mask", "box"])] == ["box"] * 3 + ["mask"] * 3
+    assert [layer.kind for layer in layers_of_kinds(layers, ["mask", "box"])] == ["box"] * 3 + ["mask"] * 3
     with pytest.raises(ValueError, match=r"sos_layers=kpt,angle chooses no layer.*It has: box, cls, mask\."):
-        select_layers(layers, ["kpt", "angle"])
+        layers_of_kinds(layers, ["kpt", "angle"])
 
 
 # Replay -------------------------------------------------------------------------------------------------------------
@@ -194,13 +193,13 @@ def case(request):
             module.momentum = 1.0
     with torch.no_grad():
         model.train()(batch["img"])
-    return model.eval(), HostTask(model), batch
+    return model.eval(), YoloTask(model), batch
 
 
 def forward(model, task, batch, layers):
     """Return the output and the inputs of the final layers."""
     with torch.no_grad(), InputCapture(layers) as capture:
-        output = task.forward(model, batch)
+        output = task.run(model, batch)
         return output, capture.take()
 
 
@@ -211,7 +210,7 @@ def replayed_loss(task, batch, output, inputs, layers, weights):
             layer.name: torch.func.functional_call(layer.module, {"weight": weights[layer.name]}, inputs[layer.name])
             for layer in layers
         }
-        batch, rest = task.kept(batch, output)
+        batch, rest = task.replay_state(batch, output)
         return task.loss(task.replay(rest, outputs), batch)
 
 
@@ -231,7 +230,7 @@ def test_replay_of_other_weights_is_a_full_forward_with_those_weights(case):
     output, inputs = forward(model, task, batch, layers)
     base = task.loss(output, batch)
     g = torch.Generator().manual_seed(2)
-    for kind in dict.fromkeys(layer.kind for layer in layers):  # one kind at a time: none may go unheard
+    for kind in dict.fromkeys(layer.kind for layer in layers):  # one kind at a time: none may be left out
         weights = {layer.name: layer.module.weight.detach().clone() for layer in layers}
         for layer in layers:
             if layer.kind == kind:
@@ -242,7 +241,7 @@ def test_replay_of_other_weights_is_a_full_forward_with_those_weights(case):
         for layer in final_layers(other):
             write_weight(layer.module, weights[layer.name])
         with torch.no_grad():
-            direct = task.loss(task.forward(other, batch), batch)
+            direct = task.loss(task.run(other, batch), batch)
         torch.testing.assert_close(replayed, direct, rtol=1e-6, atol=0)
         assert not torch.isclose(direct, base, rtol=1e-4), f"the loss does not depend on the {kind} layers"
 
@@ -264,7 +263,7 @@ def test_the_rest_of_an_output_holds_nothing_that_final_layers_make(case):
     for layer in final_layers(other):
         write_weight(layer.module, 2 * layer.module.weight.detach() + 1)
     changed, _ = forward(other, task, batch, final_layers(other))
-    kept, same = task.kept(batch, output), task.kept(batch, changed)
+    kept, same = task.replay_state(batch, output), task.replay_state(batch, changed)
     made, rest, others = (list(tensors(x)) for x in (output, kept[1], same[1]))
     assert len(rest) == len(others) < len(made)
     assert all(torch.allclose(a, b, equal_nan=True) for a, b in zip(rest, others, strict=True))
@@ -274,18 +273,18 @@ def test_the_rest_of_an_output_holds_nothing_that_final_layers_make(case):
     assert {x.untyped_storage().nbytes() for x in shapes} == {4}
 
 
-def test_a_loss_of_ones_own_gets_images_and_features_whole(case):
+def test_a_custom_loss_gets_images_and_features_whole(case):
     model, task, batch = case
 
     def own(output, batch):
         features = [] if isinstance(output, torch.Tensor) else output.get("one2many", output)["feats"]
         return task.criterion(output, batch)[0] * (batch["img"].mean() + sum(x.mean() for x in features)), None
 
-    layers, task_of_ones_own = final_layers(model), HostTask(model, own)
-    output, inputs = forward(model, task_of_ones_own, batch, layers)
+    layers, custom_task = final_layers(model), YoloTask(model, own)
+    output, inputs = forward(model, custom_task, batch, layers)
     weights = {layer.name: layer.module.weight for layer in layers}
-    same = replayed_loss(task_of_ones_own, batch, output, inputs, layers, weights)
-    direct = task_of_ones_own.loss(output, batch)
+    same = replayed_loss(custom_task, batch, output, inputs, layers, weights)
+    direct = custom_task.loss(output, batch)
     assert torch.isfinite(direct) and torch.equal(same, direct)
 
 
@@ -325,25 +324,25 @@ def test_of_a_fused_model_the_branch_that_is_left_is_found_and_replayed(end2end)
     layers = final_layers(model)
     assert summary(layers) == "1 × 3 × box cls"
     assert all(("one2one" in layer.name) == end2end for layer in layers)
-    images, task = torch.rand(2, 3, SIZE, SIZE), HostTask(model, criterion=lambda *_: None)
+    images, task = torch.rand(2, 3, SIZE, SIZE), YoloTask(model, criterion=lambda *_: None)
     with torch.no_grad(), InputCapture(layers) as capture:
         output, inputs = model(images), capture.take()
         outputs = {layer.name: 2 * layer.module(inputs[layer.name]) for layer in layers}
         capture.clear()
-        replayed = task.replay(task.kept({"img": images}, output[1])[1], outputs)
+        replayed = task.replay(task.replay_state({"img": images}, output[1])[1], outputs)
     branch = "one2one" if end2end else "one2many"
     was, now = (raw.get(branch, raw) for raw in (output[1], replayed))
     assert torch.equal(now["scores"], 2 * was["scores"]) and torch.equal(now["boxes"], 2 * was["boxes"])
 
 
-def test_the_loss_is_what_the_host_minimises_per_image(case):
+def test_the_loss_is_the_one_that_ultralytics_minimises_per_image(case):
     model, task, batch = case
     with torch.no_grad():
-        host = model.loss(batch)[0].sum()
-        ours = task.loss(task.forward(model, batch), batch)
+        theirs = model.loss(batch)[0].sum()
+        ours = task.loss(task.run(model, batch), batch)
     assert task.size(batch) == IMAGES
     # Detection losses come times the batch size, a classifier's is a mean already.
-    torch.testing.assert_close(ours, host / (1 if isinstance(model, ClassificationModel) else IMAGES))
+    torch.testing.assert_close(ours, theirs / (1 if isinstance(model, ClassificationModel) else IMAGES))
 
 
 def test_class_probabilities_are_labels_or_what_the_class_layer_says(case):
@@ -359,16 +358,16 @@ def test_class_probabilities_are_labels_or_what_the_class_layer_says(case):
 
 def test_a_shift_of_every_family_reports_the_losses_of_full_forwards(case):
     model, task, batch = deepcopy(case[0]), case[1], case[2]
-    task = HostTask(model, task.criterion)
+    task = YoloTask(model, task.criterion)
     layers, heldout = final_layers(model), make_batch(model, seed=3)
 
     def loss():
         with torch.no_grad():
-            return float(task.loss(task.forward(model, heldout), heldout))
+            return float(task.loss(task.run(model, heldout), heldout))
 
     before = loss()
-    report = shift_layers(model, layers, [batch], task, heldout=[heldout], method=Method(rank=0.25), guard=10.0)
+    report = SOS(model, layers, task=task, rank=0.25, guard=10.0).shift([batch], [heldout])
     assert report.heldout_before == pytest.approx(before, rel=1e-6)
-    assert report.step == 1.0 and report.norm_ratio < 0.9
+    assert report.step == 1.0 and report.squared_norm_ratio < 0.9
     assert report.heldout_after == pytest.approx(loss(), rel=1e-6)
     assert [record.name for record in report.layers] == [layer.name for layer in layers]

@@ -14,8 +14,8 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils.patches import torch_load
 from watched import same
 
-from yolo_sos.heads import final_layers
-from yolo_sos.train import SOSDetectionTrainer
+from yolo_sos.trainers import SOSDetectionTrainer
+from yolo_sos.yolo.heads import final_layers
 
 
 def parameters(run, weights):
@@ -54,7 +54,7 @@ def test_what_is_validated_and_saved_is_the_mean_of_the_epochs(averaged):
     assert any((expected[k] - apart[k]).abs().max() > 1e-3 for k in apart)  # the comparison can fail
     assert [line for line in averaged.log if "mean of 3 epochs" in line]
     last = torch_load(averaged.save_dir / "weights/last.pt", map_location="cpu")
-    assert last["sos"]["averaged"] == 3 and last["model"] is not None  # stripped, as the host does at the end
+    assert last["sos"]["averaged"] == 3 and last["model"] is not None  # stripped, as Ultralytics does at the end
 
 
 def test_until_it_begins_and_apart_from_the_ema_a_run_is_the_stock_one(averaged, stock):
@@ -78,9 +78,9 @@ def test_without_it_nothing_is_averaged(train, stock):
 class Plain(SOSDetectionTrainer):
     """Keeps the images that statistics are computed from."""
 
-    def _bn_images(self, view, frozen):
+    def _bn_images(self, frozen):
         self.images, self.frozen = [], frozen
-        for images in super()._bn_images(view, frozen):
+        for images in super()._bn_images(frozen):
             self.images.append(images.clone())
             yield images
 
@@ -88,7 +88,7 @@ class Plain(SOSDetectionTrainer):
 def test_statistics_are_those_of_the_average_on_the_training_images(train):
     """Of every image once and as validation sees it. The first layer's means by hand, all by torch's own function."""
     trainer = train(swa=0.5, epochs=2, trainer=Plain).trainer
-    source = trainer.shift_source().view
+    source, _ = trainer.plain_images()
     files = sorted(source.im_files)
     batch = trainer.preprocess_batch(source.collate_fn([source[i] for i in range(len(source))]))
     assert len(files) == 24 and [len(images) for images in trainer.images] == [8, 8, 8]
@@ -131,7 +131,7 @@ def test_statistics_of_frozen_layers_stay(train):
 
 
 def test_the_average_goes_on_where_a_run_was_cut_off(train, interrupt):
-    """From the checkpoint's half precision, as the host's EMA does, with the weight of the epochs that it holds."""
+    """From the checkpoint's half precision, as Ultralytics' EMA does, with the weight of the epochs that it holds."""
     broken = train(swa=0.25, callbacks=interrupt("on_train_epoch_start", 4), error=KeyboardInterrupt)
     last = broken.save_dir / "weights/last.pt"
     ckpt = torch_load(last, map_location="cpu")
@@ -150,7 +150,7 @@ def test_the_stock_trainer_resumes_its_checkpoints(train, interrupt):
     assert sorted(run.ended) == [4]
 
 
-def test_an_epoch_that_the_host_runs_again_counts_once(train):
+def test_an_epoch_that_runs_again_counts_once(train):
     poisoned = []
 
     def poison(trainer):
@@ -197,7 +197,7 @@ def test_one_seed_is_one_run(train, averaged):
 
 
 def test_the_end_of_a_run_by_the_clock(train):
-    """The host estimates the epochs anew as it goes: an average that has begun goes on."""
+    """Ultralytics estimates the epochs anew as it goes: an average that has begun goes on."""
 
     def extend(trainer):
         if trainer.epoch + 1 == 2:

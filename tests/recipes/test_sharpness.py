@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""SAM, ASAM and GNP: the papers' steps, on a toy problem and in the host's own loop."""
+"""SAM, ASAM and GNP: the papers' steps, on a toy problem and in Ultralytics' own loop."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ultralytics.utils.patches import torch_load
 from watched import same
 
 from yolo_sos.config import PEERS, SOSConfig
-from yolo_sos.train import SOSDetectionTrainer
-from yolo_sos.train.sharpness import BALANCE, RHO, SharpnessAware, frozen_statistics
+from yolo_sos.recipes.sharpness import BALANCE, RHO, SharpnessAware, frozen_statistics
+from yolo_sos.trainers import SOSDetectionTrainer
 
-CLIP = 10.0  # the host's
+CLIP = 10.0  # Ultralytics'
 
 
 def papers_gradient(method, weights, gradient, rho):
@@ -48,9 +48,9 @@ def clipped(gradients):
     return [g * min(1.0, CLIP / norm) for g in gradients]
 
 
-# A toy problem in the host's own optimizer_step -----------------------------------------------------------------------
+# A toy problem in Ultralytics' own optimizer_step ----------------------------------------------------------------
 class Toy(nn.Module):
-    """A loss that is far from quadratic, with a factor that takes the gradient over the host's clip."""
+    """A loss that is far from quadratic, with a factor that takes the gradient over Ultralytics' clip."""
 
     def __init__(self, factor=1.0, dropout=0.0):
         super().__init__()
@@ -69,13 +69,14 @@ class Toy(nn.Module):
         return loss, {"loss": loss.detach().sum()}
 
 
-class ToyHost(BaseTrainer):
-    """The host's trainer without what surrounds its steps."""
+class ToyStock(BaseTrainer):
+    """Ultralytics' trainer without what surrounds its steps."""
 
     def __init__(self, model, method, rho, scaler, lr=0.1, momentum=0.0):
         self.sos = SOSConfig.from_dict({"sharpness_aware": method, "rho": rho})
         self.model, self.ema, self.amp, self.scaler, self.callbacks = model, None, False, scaler, {}
-        self.args, self.device = SimpleNamespace(amp=False, compile=False), torch.device("cpu")
+        self.start_epoch, self.metrics = 0, {}
+        self.args, self.device = SimpleNamespace(amp=False, compile=False, distill_model=None), torch.device("cpu")
         self.optimizer = torch.optim.SGD(
             [{"params": [model.a]}, {"params": [model.b, model.idle]}], lr=lr, momentum=momentum
         )
@@ -84,7 +85,7 @@ class ToyHost(BaseTrainer):
         """There is nothing to set up."""
 
     def train_on(self, *batches):
-        """One step of the host's loop: accumulate the gradients of some batches, step."""
+        """One step of Ultralytics' loop: accumulate the gradients of some batches, step."""
         for x in batches:
             self.run_callbacks("on_train_batch_start")
             batch = self.preprocess_batch({"img": x})
@@ -94,8 +95,10 @@ class ToyHost(BaseTrainer):
             self.run_callbacks("on_train_batch_end")
 
 
-class ToyTrainer(SharpnessAware, ToyHost):
+class ToyTrainer(SharpnessAware, ToyStock):
     """Ours."""
+
+    __init__ = ToyStock.__init__
 
 
 def scaler(enabled):
@@ -171,7 +174,7 @@ def test_sam_is_gnp_with_the_second_gradient_alone(monkeypatch):
 
 
 def test_a_window_begins_where_there_are_no_gradients():
-    """The host drops what is accumulated when it runs out of memory, or recovers from NaN."""
+    """Ultralytics drops what is accumulated when it runs out of memory, or recovers from NaN."""
     trainer, other = toy("sam"), toy("sam")
     dropped, *kept = batches(3)
     trainer.run_callbacks("on_train_batch_start")
@@ -193,7 +196,7 @@ def test_batches_that_are_not_trained_on_are_not_kept():
 
 @pytest.mark.parametrize("method", PEERS)
 def test_dropout_is_that_of_the_first_pass_and_random_numbers_go_on_as_without(method):
-    trainer, stock = toy(method, dropout=0.5), toy(method, dropout=0.5, trainer=ToyHost)
+    trainer, stock = toy(method, dropout=0.5), toy(method, dropout=0.5, trainer=ToyStock)
     states = []
     for made in trainer, stock:
         torch.manual_seed(1)
@@ -239,7 +242,7 @@ def test_what_overflows_skips_the_step_and_lowers_the_scale(method, value, at):
 
 def test_nan_without_a_scaler_is_what_it_is_without_us():
     runs = []
-    for kind in ToyTrainer, ToyHost:
+    for kind in ToyTrainer, ToyStock:
         trainer = kind(Faulty(1, math.nan), "sam", None, scaler(False))
         trainer._setup_train()
         trainer.train_on(*batches(1))
@@ -257,7 +260,7 @@ def test_an_error_in_the_second_pass_leaves_weights_and_random_numbers_as_they_w
     assert same(trainer.model.state_dict(), before)
     after = torch.get_rng_state()
     torch.manual_seed(5)
-    toy("sam", dropout=0.5, trainer=ToyHost).train_on(*batches(2))
+    toy("sam", dropout=0.5, trainer=ToyStock).train_on(*batches(2))
     assert torch.equal(after, torch.get_rng_state())
 
 
@@ -296,8 +299,8 @@ def test_the_library_is_asked_for_before_the_data_are_read(digits, tiny, tmp_pat
     assert not hasattr(trainer, "train_loader")
 
 
-# In the host's loop ---------------------------------------------------------------------------------------------------
-COUNTED: list[bool] = []  # forward passes in training; not the trainer's, for the host copies a model with its hooks
+# In Ultralytics' loop -------------------------------------------------------------------------------------------
+COUNTED: list[bool] = []  # forward passes in training; not the trainer's, for Ultralytics copies a model with its hooks
 
 
 def count(model, _):
@@ -372,7 +375,7 @@ def sam(train):
 @pytest.mark.parametrize("method", PEERS)
 @pytest.mark.parametrize("nbs", [8, 16], ids=["each batch", "two batches"])
 def test_every_step_of_a_run_is_the_papers(train, method, nbs):
-    """From the weights and the optimizer before it, and the batches that the host accumulated for it."""
+    """From the weights and the optimizer before it, and the batches that Ultralytics accumulated for it."""
     trainer = train(**{**ONE_EPOCH, "nbs": nbs}, sharpness_aware=method).trainer
     assert len(trainer.steps) == 6 * 8 // nbs
     names = {p: name for name, p in trainer.model.named_parameters()}
@@ -440,8 +443,9 @@ def test_one_seed_is_one_run(train, sam):
     assert not same(other.model.state_dict(), sam.model.state_dict())
 
 
+@pytest.mark.slow
 def test_the_warmup_of_accumulation_and_batches_over_the_end_of_an_epoch(train):
-    """The host steps when so many batches have come; 24 images make three of 8."""
+    """Ultralytics steps when so many batches have come; 24 images make three of 8."""
     trainer = train(trainer=Ours, epochs=4, nbs=32, warmup_epochs=2, sharpness_aware="sam").trainer
     sizes = [len(step["batches"]) for step in trainer.steps]
     assert sum(sizes) <= 12 and max(sizes) == 4 and min(sizes) == 1
@@ -449,6 +453,7 @@ def test_the_warmup_of_accumulation_and_batches_over_the_end_of_an_epoch(train):
 
 
 @pytest.mark.parametrize("optimizer", ["MuSGD", "AdamW"])
+@pytest.mark.slow
 def test_other_optimizers_and_what_they_save(train, optimizer):
     """The library's keys stay out of the optimizer, and so out of checkpoints."""
     settings = {"epochs": 1, "optimizer": optimizer, "nbs": 8, "warmup_epochs": 0}
@@ -480,7 +485,7 @@ def test_the_stock_trainer_resumes_its_checkpoints(train, cut):
     assert sorted(run.ended) == [3, 4]
 
 
-def test_an_epoch_that_the_host_runs_again(train):
+def test_an_epoch_that_runs_again(train):
     poisoned = []
 
     def poison(trainer):

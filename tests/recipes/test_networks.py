@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""Every classifier: those of the host, and the networks for 32 × 32 images that come along."""
+"""Every classifier: those of Ultralytics, and the networks for 32 × 32 images that come along."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ultralytics import YOLO
 from ultralytics.nn.modules import Classify
 from ultralytics.nn.tasks import ClassificationModel
 
-from yolo_sos.config import CFG_DIR, resolve_model
-from yolo_sos.core import Method, shift_layers
-from yolo_sos.heads import HostTask, final_layers
-from yolo_sos.train import SOSClassificationTrainer
-from yolo_sos.train.backbones import set_head
+from yolo_sos.builtin import CFG_DIR, resolve_model
+from yolo_sos.core import SOS, Method
+from yolo_sos.recipes.networks import set_head
+from yolo_sos.trainers import SOSClassificationTrainer
+from yolo_sos.yolo.heads import YoloTask, final_layers
 
-HOST = ["yolov8n-cls.yaml", "yolo11n-cls.yaml", "yolo12n-cls.yaml", "yolo26n-cls.yaml"]
+STOCK = ["yolov8n-cls.yaml", "yolo11n-cls.yaml", "yolo12n-cls.yaml", "yolo26n-cls.yaml"]
 OURS = {"vgg16bn-cifar": 512, "resnet18-cifar": 512, "densenet121-cifar": 1024, "vit-cifar": 192}  # d
 
 
@@ -40,7 +40,7 @@ def test_every_yaml_is_listed_here():
     assert sorted(OURS) == sorted(path.stem for path in (CFG_DIR / "models").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", [*HOST, *OURS])
+@pytest.mark.parametrize("name", [*STOCK, *OURS])
 def test_a_shift_keeps_the_outputs_of_its_images(name):
     model = build(name)
     if name in OURS:
@@ -57,8 +57,8 @@ def test_a_shift_keeps_the_outputs_of_its_images(name):
     (layer,) = final_layers(model)
     assert (layer.kind, type(layer.module)) == ("linear", nn.Linear)
     norm = layer.module.weight.detach().norm()
-    report = shift_layers(
-        model, [layer], [batch], HostTask(model), heldout=[batch], method=Method("rows", rank=10), guard=1e-2
+    report = SOS(model, [layer], task=YoloTask(model), method=Method("rows", rank=10), guard=1e-2).shift(
+        [batch], [batch]
     )
     with torch.no_grad():
         after = model(x)
@@ -127,10 +127,10 @@ def test_the_head_is_changed_only_where_the_yaml_says_so():
 
 
 @pytest.fixture(scope="module")
-def trained(overrides):
+def trained(classifier_settings):
     """A ViT that was trained for an epoch on 20 images."""
     trainer = SOSClassificationTrainer(
-        overrides=overrides(
+        overrides=classifier_settings(
             **{"model": "vit-cifar.yaml", "epochs": 1, "fraction": 20, "batch": 10, "val": False},
             **{"sos": True, "sos_method": "rows", "sos_rank": 10, "sos_guard": None},
         )
@@ -139,20 +139,20 @@ def trained(overrides):
     return trainer
 
 
-def test_fine_tuning_takes_the_final_layer_along(trained, overrides):
-    trainer = SOSClassificationTrainer(overrides=overrides(model=str(trained.last), sos=True))
+def test_fine_tuning_takes_the_final_layer_along(trained, classifier_settings):
+    trainer = SOSClassificationTrainer(overrides=classifier_settings(model=str(trained.last), sos=True))
     trainer.setup_model()
     ours = trainer.model.state_dict()
     saved = YOLO(trained.last).model.state_dict()
     assert list(ours) == list(saved)
     assert all(torch.equal(ours[k].float(), saved[k].float()) for k in ours)
-    fresh = SOSClassificationTrainer(overrides=overrides(model=str(trained.last), pretrained=False))
+    fresh = SOSClassificationTrainer(overrides=classifier_settings(model=str(trained.last), pretrained=False))
     fresh.setup_model()
     assert not torch.equal(fresh.model.model[-1].linear.weight, saved["model.2.linear.weight"].float())
 
 
-def test_a_vit_names_the_size_that_it_takes(overrides):
-    trainer = SOSClassificationTrainer(overrides=overrides(model="vit-cifar.yaml", imgsz=64))
+def test_a_vit_names_the_size_that_it_takes(classifier_settings):
+    trainer = SOSClassificationTrainer(overrides=classifier_settings(model="vit-cifar.yaml", imgsz=64))
     with pytest.raises(ValueError, match=r"imgsz=64: .*vit-cifar.yaml takes imgsz=32 and no other"):
         trainer.setup_model()
 

@@ -13,9 +13,9 @@ from torch import nn
 from ultralytics import YOLO
 from ultralytics.utils.patches import torch_load
 
-from yolo_sos.checkpoint.file import Checkpoint
 from yolo_sos.config import SOSConfig
-from yolo_sos.core.layers import weight_matrix
+from yolo_sos.core import weight_matrix
+from yolo_sos.yolo.checkpoint import Checkpoint
 
 
 def edited(path: Path, edit) -> Path:
@@ -27,7 +27,7 @@ def edited(path: Path, edit) -> Path:
 
 
 def saved_model(path: Path, model: nn.Module) -> Path:
-    """Write a model as the host would."""
+    """Write a model as Ultralytics would."""
     torch.save({"model": model, "ema": None, "train_args": {"task": "detect", "imgsz": 64, "data": None}}, path)
     return path
 
@@ -86,7 +86,7 @@ def truncated(share):
     [
         (written(b"not a checkpoint"), TypeError, "best.pt is not a loadable checkpoint"),
         (written(b""), TypeError, "best.pt is not a loadable checkpoint"),
-        # The host lets the second of these through as an OSError without a name.
+        # Ultralytics lets the second of these through as an OSError without a name.
         (truncated(0.5), TypeError, "best.pt is not a loadable checkpoint"),
         (truncated(0.01), TypeError, "best.pt is not a checkpoint of Ultralytics, or damaged"),
         (pickled([1, 2, 3]), TypeError, "best.pt is not a checkpoint of Ultralytics"),
@@ -118,16 +118,16 @@ def test_what_cannot_be_shifted_is_refused(weights, contents, make, error, messa
     assert contents(path.parent) == before
 
 
-def test_a_checkpoint_is_read_as_the_host_reads_it(weights):
+def test_a_checkpoint_is_read_as_ultralytics_reads_it(weights):
     path = weights()
-    checkpoint, host = Checkpoint(path), YOLO(path)
+    checkpoint, stock = Checkpoint(path), YOLO(path)
     assert checkpoint.path == path
     assert checkpoint.task == "detect"
     assert [layer.name for layer in checkpoint.layers] == [f"model.5.cv{t}.{i}.2" for t in (2, 3) for i in range(3)]
     assert checkpoint.args["imgsz"] == 64
     assert not checkpoint.model.training
     state = checkpoint.model.state_dict()
-    assert all(torch.equal(state[k], v) for k, v in host.model.state_dict().items())
+    assert all(torch.equal(state[k], v) for k, v in stock.model.state_dict().items())
     assert all(v.dtype == torch.float32 for v in state.values() if v.is_floating_point())
 
 

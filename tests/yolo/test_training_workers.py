@@ -1,11 +1,10 @@
 # yolo-sos, AGPL-3.0
-"""Distributed runs, as far as they can be had without a GPU: what workers are given, and what rank 0 tells them."""
+"""Distributed runs, as far as they can be had without a GPU: what workers are given, and what rank 0 sends them."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from ultralytics.utils.callbacks import get_default_callbacks
 from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file
 
-from yolo_sos.train import SOSDetectionTrainer
+from yolo_sos.trainers import SOSDetectionTrainer
 
 pytest.importorskip("cloudpickle")
 
@@ -27,7 +26,7 @@ def overrides(digits, tiny, tmp_path):
     }
 
 
-# The host's script for a worker, but for the training
+# Ultralytics' script for a worker, but for the training
 REBUILD = """
 import json, sys
 from pathlib import Path
@@ -61,12 +60,13 @@ def rebuild(trainer, rank: int) -> list:
 def test_the_settings_reach_a_worker_which_writes_no_file(overrides):
     trainer = SOSDetectionTrainer(overrides=overrides)
     assert (trainer.save_dir / "sos.yaml").exists()
-    (trainer.save_dir / "sos.yaml").unlink()  # the host removes the folder before it starts the workers
+    (trainer.save_dir / "sos.yaml").unlink()  # Ultralytics removes the folder before it starts the workers
     settings = trainer.sos.to_dict()
     assert (settings["sos"], settings["sos_rank"], settings["sos_layers"]) == (True, 12, ["box"])
     assert rebuild(trainer, rank=1) == ["SOSDetectionTrainer", settings, [], False]
 
 
+@pytest.mark.slow
 def test_carried_settings_are_those_of_the_run_alone(overrides):
     """In one process, they reach neither the next trainer nor the callbacks that it was given."""
     callbacks = get_default_callbacks()
@@ -77,31 +77,33 @@ def test_carried_settings_are_those_of_the_run_alone(overrides):
     assert first.sos.sos and not again.sos.sos
 
 
-# Two processes, without the host's loop: the trainer's own _shift, on models that differ from rank to rank
+# Two processes, without Ultralytics' loop: the trainer's own shift, on models that differ from rank to rank
 SHIFT = """
 import os, sys
 from types import SimpleNamespace
 import torch
 from torch import distributed as dist, nn
 from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import DEFAULT_CFG_DICT, IterableSimpleNamespace
 from yolo_sos.config import SOSConfig
-from yolo_sos.heads import final_layers
-from yolo_sos.train import SOSDetectionTrainer
+from yolo_sos.yolo.heads import final_layers
+from yolo_sos.trainers import SOSDetectionTrainer
 
 rank = int(os.environ["RANK"])
-dist.init_process_group("gloo", rank=rank, world_size=2)
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 torch.manual_seed(rank)
 models = {name: DetectionModel(sys.argv[1], verbose=False) for name in ("ema", "model")}
 layers = {name: final_layers(model) for name, model in models.items()}
 trainer = object.__new__(SOSDetectionTrainer)
 trainer.world_size, trainer.model, trainer.ema = 2, models["model"], SimpleNamespace(ema=models["ema"])
-trainer.sos = SOSConfig.from_dict({"sos_momentum": True})
+trainer.sos = SOSConfig.from_dict({"sos_momentum": True, "sos_layers": "cls"})
 trainer.optimizer = torch.optim.SGD(models["model"].parameters(), momentum=0.9)
 momentum = {layer: torch.rand_like(layer.module.weight) for layer in layers["model"]}
 for layer, x in momentum.items():
     trainer.optimizer.state[layer.module.weight]["momentum_buffer"] = x
 kept = {layer: x.clone() for layer, x in momentum.items()}
-trainer._shifted_names = {layer.name for layer in layers["ema"] if layer.kind == "cls"}
+for model in models.values():
+    model.args = IterableSimpleNamespace(**DEFAULT_CFG_DICT)  # criteria read them
 state = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in models.items()}
 
 def shift(_):
@@ -120,14 +122,14 @@ def fail(_):
 
 trainer._shift_models = fail
 try:
-    trainer._shift()
+    trainer._shift_everywhere(models)
     raise SystemExit("nothing was raised")
 except ZeroDivisionError as e:
     assert rank == 0, e
 except RuntimeError as e:
     assert rank == 1 and "rank 0: ZeroDivisionError: of rank 0" in str(e), e
 trainer._shift_models = shift
-assert trainer._shift() == ({"ema": "report"} if rank == 0 else {})
+assert trainer._shift_everywhere(models) == ({"ema": "report"} if rank == 0 else {})
 for name, value in (("ema", 0.5), ("model", 0.25)):
     chosen = {f"{layer.name}.weight" for layer in layers[name] if layer.kind == "cls"}
     for key, now in models[name].state_dict().items():
@@ -135,19 +137,17 @@ for name, value in (("ema", 0.5), ("model", 0.25)):
         assert same, f"{name} {key} on rank {rank}"
 for layer, x in momentum.items():
     assert torch.equal(x, torch.full_like(x, 0.75) if layer.kind == "cls" else kept[layer]), f"momentum on rank {rank}"
+dist.barrier()  # a rank that leaves early breaks the connections of the other
 dist.destroy_process_group()
 print("done")
 """
 
 
-def test_every_rank_gets_the_weights_and_the_errors_of_rank_0(tiny):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+def test_every_rank_gets_the_weights_and_the_errors_of_rank_0(tiny, tmp_path):
+    env = {**os.environ, "WORLD_SIZE": "2"}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", SHIFT, str(tiny)],
+            [sys.executable, "-c", SHIFT, str(tiny), str(tmp_path / "rendezvous")],
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": {**env, "RANK": str(rank)}},
         )
         for rank in range(2)

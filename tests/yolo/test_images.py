@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""A few training images as validation would see them, and a run that does not notice."""
+"""A few training images as validation would see them, without any effect on the run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolo_sos.train import SOSDetectionTrainer, mixin
-from yolo_sos.train.sampling import ShiftSample, draw, plain_view, preserve_rng, split_sizes
+from yolo_sos.core import SOS
+from yolo_sos.trainers import SOSDetectionTrainer
+from yolo_sos.yolo.images import draw, preserve_rng, split_sizes
 
 PROPERTY = settings(derandomize=True, max_examples=200, deadline=None, database=None)
 
@@ -41,9 +42,9 @@ def dataset(trainer):
     return trainer.train_loader.dataset
 
 
-def make_sample(trainer, images):
-    """Return a sample of the training set, guarded, with the seed 0."""
-    return ShiftSample(trainer, plain_view(trainer.train_loader.dataset, trainer.args), images, True, 0)
+def make_sample(trainer, images, seed=0):
+    """Return a sample of the training set, with images held out."""
+    return trainer.sample_images(split_sizes(len(trainer.train_loader.dataset), images), seed)
 
 
 def names(batches):
@@ -58,8 +59,8 @@ def names(batches):
     [
         (1000, 64, 64, 32),
         (96, 64, 64, 32),
-        (95, 64, 63, 32),
-        (80, 64, 53, 27),
+        (95, 64, 64, 31),
+        (80, 64, 54, 26),
         (30, 64, 20, 10),
         (3, 64, 2, 1),
         (2, 64, 1, 1),
@@ -67,42 +68,45 @@ def names(batches):
         (2, 1, 1, 1),
         (1000, 7, 7, 3),
         (1000, 300, 300, 32),
-        (330, 300, 220, 32),
+        (330, 300, 298, 32),
+        (1000, None, 968, 32),
+        (24, None, 16, 8),
+        (2, None, 1, 1),
     ],
 )
 def test_sizes(available, images, fit, held):
-    assert split_sizes(available, images, guarded=True) == (fit, held)
+    assert split_sizes(available, images) == {"heldout": held, "selection": 0, "fit": fit}
 
 
 @PROPERTY
-@given(available=st.integers(2, 500), images=st.integers(1, 300))
-def test_both_sets_have_images_and_together_no_more_than_there_are(available, images):
-    fit, held = split_sizes(available, images, guarded=True)
-    assert 1 <= fit <= images
-    assert 1 <= held <= min(32, max(1, images // 2))
-    assert fit + held <= available
-    if available >= 2 * images:
-        assert (fit, held) == (images, min(32, max(1, images // 2)))
-
-
-def test_without_a_guard_every_image_may_be_fitted_on():
-    assert split_sizes(1, 64, guarded=False) == (1, 0)
-    assert split_sizes(100, 64, guarded=False) == (64, 0)
+@given(available=st.integers(3, 500), images=st.none() | st.integers(1, 300), selection=st.booleans())
+def test_all_sets_have_images_and_together_no_more_than_there_are(available, images, selection):
+    sizes = split_sizes(available, images, selection=selection)
+    held = 32 if images is None else max(1, images // 2)
+    assert 1 <= sizes["fit"] <= (images or available)
+    assert 1 <= sizes["heldout"] <= min(32, held)
+    assert sizes["selection"] == sizes["heldout"] * selection
+    assert sum(sizes.values()) <= available
+    if available >= 3 * max(images or available, 1):
+        assert (sizes["fit"], sizes["heldout"]) == (images, min(32, held))
+    if images is None:
+        assert sum(sizes.values()) == available
 
 
 def test_one_image_cannot_be_divided():
-    with pytest.raises(ValueError, match=r"at least 2 training images.*there are 1.*sos_guard=none"):
-        split_sizes(1, 64, guarded=True)
+    assert split_sizes(1, 64, guarded=False) == {"heldout": 0, "selection": 0, "fit": 1}
+    with pytest.raises(ValueError, match=r"at least 2 training images, 1 to fit on and 1 to hold out; there is 1"):
+        split_sizes(1, 64)
+    with pytest.raises(ValueError, match=r"at least 3 training images, 1 to fit on and 2 to hold out; there are 2"):
+        split_sizes(2, 64, selection=True)
 
 
 # Images -------------------------------------------------------------------------------------------------------------
 
 
 def test_fit_and_held_out_images_are_apart_and_chosen_by_the_seed(trainer, dataset):
-    view = plain_view(dataset, trainer.args)
-
     def chosen(seed, images=10):
-        sample = ShiftSample(trainer, view, images, True, seed)
+        sample = make_sample(trainer, images, seed)
         return names(sample.batches("fit")), names(sample.batches("heldout"))
 
     fit, held = chosen(seed=5)
@@ -156,7 +160,7 @@ def test_images_are_those_of_the_files_without_augmentation(trainer, dataset):
 
 
 def test_the_view_gives_the_same_image_twice_and_the_training_set_does_not(trainer, dataset):
-    view = plain_view(dataset, trainer.args)
+    view, _ = trainer.plain_images()
     assert torch.equal(view[3]["img"], view[3]["img"])
     assert not torch.equal(dataset[3]["img"], dataset[3]["img"])
 
@@ -174,8 +178,8 @@ def test_the_training_set_keeps_its_own_transforms_and_images(trainer, dataset):
     dataset[0]  # fills the buffer of mosaic
     before = (dataset.transforms, dataset.augment, dataset.rect, list(dataset.buffer), deepcopy(dataset.labels))
     images = [None if image is None else image.copy() for image in dataset.ims]
-    view = plain_view(dataset, trainer.args)
-    sample = ShiftSample(trainer, view, 24, True, 0)
+    view, _ = trainer.plain_images()
+    sample = make_sample(trainer, 24)
     assert len(names(sample.batches("fit"))) == 16
     assert dataset.transforms is before[0] and dataset.augment is before[1] is True and dataset.rect is before[2]
     assert dataset.buffer == before[3]
@@ -193,22 +197,22 @@ def random_states():
 
 def test_a_shift_leaves_the_random_states_of_the_process(trainer):
     before = random_states()
-    reports = trainer._shift()
+    reports = trainer._shift_everywhere({"ema": trainer.ema.ema, "model": trainer.model})
     assert random_states() == before
     assert set(reports) == {"ema", "model"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_so_does_a_shift_that_fails_half_way(trainer, monkeypatch, error):
-    def fail(model, layers, fit, task, **_):
-        next(iter(fit))
+def test_a_shift_that_fails_half_way_leaves_them_too(trainer, monkeypatch, error):
+    def fail(sos, batches, *_, **__):
+        next(iter(batches))
         use_up()
         raise error("half way")
 
-    monkeypatch.setattr(mixin, "shift_layers", fail)
+    monkeypatch.setattr(SOS, "shift", fail)
     before = random_states()
     with pytest.raises(error, match="half way"):
-        trainer._shift()
+        trainer._shift_everywhere({"ema": trainer.ema.ema, "model": trainer.model})
     assert random_states() == before
     assert trainer.args.multi_scale == 0.5
 

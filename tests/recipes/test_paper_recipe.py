@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from yolo_sos.cli import parse, plan
-from yolo_sos.config import CFG_DIR, SOSConfig, is_sos_key, resolve_cfg, resolve_model
-from yolo_sos.train.classify import Mixup
-from yolo_sos.train.schedule import step_factor
+from yolo_sos.arguments import with_file
+from yolo_sos.builtin import CFG_DIR, resolve_cfg, resolve_model
+from yolo_sos.config import SOSConfig, is_sos_key
+from yolo_sos.recipes.mixup import Mixup
+from yolo_sos.recipes.schedule import step_factor
 
 ARMS = sorted(path.stem for path in (CFG_DIR / "experiments/cifar").glob("*.yaml"))
 
@@ -65,7 +66,7 @@ def test_cross_entropy_of_mixed_labels_is_the_mix_of_cross_entropies():
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_each_experiment_is_the_recipe_and_its_own_difference(arm):
-    _, settings = parse(["train", f"cfg=cifar/{arm}.yaml", "seed=3"])
+    settings = with_file({"cfg": f"cifar/{arm}.yaml", "seed": 3})
     recipe = {
         **{"task": "classify", "imgsz": 32, "epochs": 300, "batch": 64, "nbs": 64, "optimizer": "SGD", "lr0": 0.1},
         **{"momentum": 0.9, "weight_decay": 1e-4, "warmup_epochs": 0, "lr_steps": [0.5, 0.75], "seed": 3},
@@ -80,17 +81,17 @@ def test_each_experiment_is_the_recipe_and_its_own_difference(arm):
     assert not config.stock
 
 
-def test_the_command_line_goes_before_a_file_and_a_file_before_its_base(tmp_path):
+def test_arguments_take_precedence_over_a_file_and_a_file_over_its_base(tmp_path):
     (tmp_path / "base.yaml").write_text("epochs: 1\nbatch: 2\nlr0: 0.3\n")
     (tmp_path / "arm.yaml").write_text("cfg: base.yaml\nbatch: 4\nlr0: 0.4\n")
-    _, settings = parse(["train", f"cfg={tmp_path / 'arm.yaml'}", "lr0=0.5"])
+    settings = with_file({"cfg": str(tmp_path / "arm.yaml"), "lr0": 0.5})
     assert settings == {"epochs": 1, "batch": 4, "lr0": 0.5}
     (tmp_path / "base.yaml").write_text("epoch: 1\n")
     with pytest.raises(ValueError, match=r"'epoch' is not a valid argument\. Did you mean 'epochs'"):
-        parse(["train", f"cfg={tmp_path / 'arm.yaml'}"])
+        with_file({"cfg": str(tmp_path / "arm.yaml")})
 
 
-def test_names_of_what_comes_along(tmp_path, monkeypatch):
+def test_names_of_built_in_models_and_experiments(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = str(CFG_DIR / "models/resnet18-cifar.yaml")
     assert resolve_model("resnet18-cifar.yaml") == resolve_model("resnet18-cifar") == model
@@ -99,13 +100,12 @@ def test_names_of_what_comes_along(tmp_path, monkeypatch):
         assert resolve_model(other) == other
     (tmp_path / "resnet18-cifar.yaml").touch()  # a file of the user's goes first
     assert resolve_model("resnet18-cifar.yaml") == "resnet18-cifar.yaml"
-    assert parse(["train", "model=vit-cifar.yaml"])[1] == {"model": str(CFG_DIR / "models/vit-cifar.yaml")}
 
 
 def test_the_recipe_alone_is_no_setting_of_sos():
     for given in ({"sos_rank": 3}, {"sos_rank": 3, "lr_steps": [0.5]}):
         with pytest.raises(ValueError, match="without sos=true would train without SOS"):
-            plan(["train"], given)
+            SOSConfig.of_training(given)
     assert SOSConfig.from_dict({}).stock and SOSConfig.from_dict({"sos_rank": 3}).stock
     for given in ({"sos": True}, {"lr_steps": [0.5]}, {"mixup_alpha": 0.2}):
         assert not SOSConfig.from_dict(given).stock

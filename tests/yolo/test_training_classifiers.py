@@ -18,10 +18,11 @@ from ultralytics.models.yolo.classify import ClassificationTrainer
 from ultralytics.utils.patches import torch_load
 
 from yolo_sos.config import SOSConfig
-from yolo_sos.train import SOSClassificationTrainer, mixin
-from yolo_sos.train.sampling import draw
+from yolo_sos.core import SOS
+from yolo_sos.trainers import SOSClassificationTrainer
+from yolo_sos.yolo.images import draw
 
-REAL_SHIFT = mixin.shift_layers
+REAL_SHIFT = SOS.shift
 ROWS = {"sos": True, "sos_method": "rows", "sos_rank": 30, "sos_interval": 1, "sos_start": 0.01, "sos_guard": 1e9}
 
 
@@ -38,25 +39,25 @@ class Watched(SOSClassificationTrainer):
         return batch
 
 
-def run(overrides, trainer=Watched, callbacks=None, **settings):
+def run(classifier_settings, trainer=Watched, callbacks=None, **settings):
     """Train, and return the trainer and, for each model of each shift, the batches to fit on and to hold out."""
     shifts = []
-    trainer = trainer(overrides=overrides(**settings))
+    trainer = trainer(overrides=classifier_settings(**settings))
     for event, callback in (callbacks or {}).items():
         trainer.add_callback(event, callback)
 
-    def shift(model, layers, fit, task, *, heldout=(), **kwargs):
-        seen = {"fit": list(fit), "heldout": list(heldout), "off": []}
-        drops = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    def shift(sos, batches, heldout=(), **kwargs):
+        seen = {"fit": list(batches), "heldout": list(heldout), "off": []}
+        drops = [m for m in sos.model.modules() if isinstance(m, nn.Dropout)]
         handles = [m.register_forward_hook(lambda m, _, out: seen["off"].append(not m.training)) for m in drops]
-        seen["report"] = REAL_SHIFT(model, layers, seen["fit"], task, heldout=seen["heldout"], **kwargs)
+        seen["report"] = REAL_SHIFT(sos, seen["fit"], seen["heldout"], **kwargs)
         for handle in handles:
             handle.remove()
         shifts.append(seen)
         return seen["report"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixin, "shift_layers", shift)
+        patch.setattr(SOS, "shift", shift)
         trainer.train()
     return trainer, shifts
 
@@ -67,8 +68,8 @@ def results(trainer) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def shifted(overrides):
-    return run(overrides, dropout=0.9, pretrained=False, **ROWS)
+def shifted(classifier_settings):
+    return run(classifier_settings, dropout=0.9, pretrained=False, **ROWS)
 
 
 def test_it_shifts_each_epoch_and_tells_so(shifted):
@@ -76,7 +77,7 @@ def test_it_shifts_each_epoch_and_tells_so(shifted):
     assert len(shifts) == 4  # EMA and live model, two epochs
     for line in results(trainer):
         # Fresh features differ little: fewer than 30 dimensions of 30 rows stand out from rounding.
-        assert 1 < float(line["sos/rank"]) <= 30 and 0 < float(line["sos/norm_ratio"]) < 0.6
+        assert 1 < float(line["sos/rank"]) <= 30 and 0 < float(line["sos/squared_norm_ratio"]) < 0.6
         assert float(line["sos/heldout_after"]) > 0 and float(line["sos/t"]) == 1
         assert float(line["sos/deviation"]) < 1e-3  # all 30 rows were drawn
     with open(trainer.save_dir / "sos.csv", encoding="utf-8", newline="") as f:
@@ -123,9 +124,9 @@ def test_weights_that_are_saved_are_shifted_ones(shifted):
     assert YOLO(trainer.last).val(data=trainer.args.data, imgsz=32, device="cpu", plots=False).top1 >= 0
 
 
-def test_sos_false_is_the_stock_trainer(overrides):
-    ours, _ = run(overrides, sos=False, sos_rank=3)
-    stock, _ = run(overrides, trainer=ClassificationTrainer)
+def test_sos_false_is_the_stock_trainer(classifier_settings):
+    ours, _ = run(classifier_settings, sos=False, sos_rank=3)
+    stock, _ = run(classifier_settings, trainer=ClassificationTrainer)
     a, b = (torch_load(t.last, map_location="cpu")["model"].state_dict() for t in (ours, stock))
     assert list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
     assert {p.name for p in ours.save_dir.iterdir()} == {p.name for p in stock.save_dir.iterdir()}
@@ -135,8 +136,8 @@ def test_sos_false_is_the_stock_trainer(overrides):
 
 # How many images, and which -------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def ready(overrides):
-    trainer = SOSClassificationTrainer(overrides=overrides(sos=True))
+def ready(classifier_settings):
+    trainer = SOSClassificationTrainer(overrides=classifier_settings(sos=True))
     trainer._setup_train()
     return trainer
 
@@ -156,18 +157,17 @@ def ready(overrides):
 )
 def test_there_are_rows_enough(ready, monkeypatch, settings, images):
     monkeypatch.setattr(ready, "sos", SOSConfig.from_dict({"sos": True, **settings}))
-    source = ready.shift_source()
-    assert source.images == images
-    assert Counter(source.labels) == {0: 12, 1: 4, **dict.fromkeys(range(2, 8), 6), 8: 5, 9: 3}
+    assert ready.shift_images() == images
+    assert Counter(ready.plain_images()[1]) == {0: 12, 1: 4, **dict.fromkeys(range(2, 8), 6), 8: 5, 9: 3}
 
 
 @pytest.mark.parametrize(("rank", "warned"), [(9, True), (10, False), (0.005, True), (0.5, False)])
-def test_a_rank_below_the_number_of_classes_warns(overrides, monkeypatch, rank, warned):
+def test_a_rank_below_the_number_of_classes_warns(classifier_settings, monkeypatch, rank, warned):
     said = []
-    trainer = SOSClassificationTrainer(overrides=overrides(sos=True, sos_rank=rank))
-    monkeypatch.setattr("yolo_sos.train.classify.LOGGER.warning", said.append)
+    trainer = SOSClassificationTrainer(overrides=classifier_settings(sos=True, sos_rank=rank))
+    monkeypatch.setattr("yolo_sos.trainers.LOGGER.warning", said.append)
     trainer._setup_train()
-    ours = [line for line in said if "sos_rank" in line]  # the host's logger is one: it may warn of slow disks, too
+    ours = [line for line in said if "sos_rank" in line]  # Ultralytics' logger is one: it may warn of slow disks, too
     assert [f"sos_rank={rank} keeps" in line and "fewer than the 10 classes" in line for line in ours] == [
         True
     ] * warned
@@ -195,8 +195,8 @@ def recipe():
     return {"epochs": 4, "lr0": 0.1, "lr_steps": [0.5, 0.75], "mixup_alpha": 1.0}
 
 
-def test_the_recipe_without_sos(overrides, recipe):
-    trainer, shifts = run(overrides, plots=True, **recipe)
+def test_the_recipe_without_sos(classifier_settings, recipe):
+    trainer, shifts = run(classifier_settings, plots=True, **recipe)
     assert rates(trainer) == pytest.approx([0.1, 0.1, 0.01, 0.001])
     assert not shifts and "sos/t" not in results(trainer)[0]
     assert len(trainer.trained) == 12
@@ -208,22 +208,22 @@ def test_the_recipe_without_sos(overrides, recipe):
     assert SOSConfig.from_dict(saved) == trainer.sos and not saved["sos"]
 
 
-def test_shifts_see_neither_mixed_images_nor_mixed_labels(overrides):
-    trainer, shifts = run(overrides, mixup_alpha=1.0, **ROWS)
+def test_shifts_see_neither_mixed_images_nor_mixed_labels(classifier_settings):
+    trainer, shifts = run(classifier_settings, mixup_alpha=1.0, **ROWS)
     mixed = [batch for batch in trainer.trained if batch["cls"].ndim == 2]
     assert len(mixed) == 6 and len(shifts) == 4
     assert all(b["cls"].ndim == 1 and not b["cls"].is_floating_point() for s in shifts for b in s["fit"] + s["heldout"])
 
 
 @pytest.mark.parametrize("sos", [False, True])
-def test_the_recipe_survives_a_resume(overrides, recipe, sos):
+def test_the_recipe_survives_a_resume(classifier_settings, recipe, sos):
     def interrupt(trainer):
         if trainer.epoch == 2:
             raise KeyboardInterrupt
 
     settings = {**recipe, **(ROWS if sos else {"sos": False})}
     with pytest.raises(KeyboardInterrupt):
-        broken = Watched(overrides=overrides(**settings))
+        broken = Watched(overrides=classifier_settings(**settings))
         broken.add_callback("on_train_epoch_start", interrupt)
         broken.train()
     resumed = Watched(overrides={"resume": str(broken.last), "device": "cpu"})
@@ -233,12 +233,12 @@ def test_the_recipe_survives_a_resume(overrides, recipe, sos):
     assert len(resumed.trained) >= 6 and resumed.trained[0]["cls"].ndim == 2
 
 
-def test_a_run_without_sos_but_with_the_recipe_cannot_be_resumed_with_sos(overrides, recipe):
+def test_a_run_without_sos_but_with_the_recipe_cannot_be_resumed_with_sos(classifier_settings, recipe):
     def interrupt(trainer):
         if trainer.epoch == 1:
             raise KeyboardInterrupt
 
-    broken = Watched(overrides=overrides(**recipe))
+    broken = Watched(overrides=classifier_settings(**recipe))
     broken.add_callback("on_train_epoch_start", interrupt)
     with pytest.raises(KeyboardInterrupt):
         broken.train()
@@ -247,9 +247,12 @@ def test_a_run_without_sos_but_with_the_recipe_cannot_be_resumed_with_sos(overri
 
 
 @pytest.mark.parametrize("method", ["sam", "asam", "gnp"])
-def test_the_peers_with_the_recipe_and_dropout(overrides, recipe, method):
-    trainer, shifts = run(overrides, **{**recipe, **ROWS}, dropout=0.5, sharpness_aware=method, swa=0.5, nbs=20)
-    plain, _ = run(overrides, **recipe, dropout=0.5, nbs=20)
+@pytest.mark.slow
+def test_the_peers_with_the_recipe_and_dropout(classifier_settings, recipe, method):
+    trainer, shifts = run(
+        classifier_settings, **{**recipe, **ROWS}, dropout=0.5, sharpness_aware=method, swa=0.5, nbs=20
+    )
+    plain, _ = run(classifier_settings, **recipe, dropout=0.5, nbs=20)
     assert [m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)] == [0.5]
     assert len(shifts) == 8 and trainer._averaged == 3
     trained = [b for b in trainer.trained if b["cls"].ndim == 2]
@@ -259,7 +262,7 @@ def test_the_peers_with_the_recipe_and_dropout(overrides, recipe, method):
 
 
 def test_mixup_is_for_classifiers(digits, tiny, tmp_path):
-    from yolo_sos.train import SOSDetectionTrainer
+    from yolo_sos.trainers import SOSDetectionTrainer
 
     with pytest.raises(ValueError, match=r"mixup_alpha=0.5 is for task=classify; for task=detect there is mixup"):
         SOSDetectionTrainer(
@@ -267,8 +270,8 @@ def test_mixup_is_for_classifiers(digits, tiny, tmp_path):
         )
 
 
-def test_a_failed_shift_leaves_the_model_alone(overrides):
-    trainer = SOSClassificationTrainer(overrides=overrides(**ROWS))
+def test_a_failed_shift_leaves_the_model_alone(classifier_settings):
+    trainer = SOSClassificationTrainer(overrides=classifier_settings(**ROWS))
     trainer._setup_train()
     trainer.epoch = 0
     trainer.model.criterion = trainer.model.init_criterion()

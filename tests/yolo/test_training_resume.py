@@ -11,7 +11,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils.patches import torch_load
 from watched import EPOCHS, same
 
-from yolo_sos.train.record import COLUMNS, ShiftLog
+from yolo_sos.yolo.shift_log import COLUMNS, ShiftLog
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def resumed(train, interrupt):
     return broken, train(model=last, resume=True)
 
 
-def test_it_shifts_when_the_unbroken_run_does_and_no_shift_is_told_twice(shifted, resumed):
+def test_it_shifts_when_the_unbroken_run_does_and_logs_each_shift_once(shifted, resumed):
     broken, run = resumed
     assert run.save_dir == broken.save_dir
     assert sorted(run.ended) == sorted(run.images) == [3, 4]
@@ -56,7 +56,7 @@ def test_its_results_have_one_line_per_epoch_under_one_header(shifted, resumed):
             assert float(row["sos/rank"]) == pytest.approx(
                 float(unbroken["sos/rank"]), abs=0.5
             )  # numerical, in one layer
-            assert float(row["sos/t"]) == 1 and 0 < float(row["sos/norm_ratio"]) < 1
+            assert float(row["sos/t"]) == 1 and 0 < float(row["sos/squared_norm_ratio"]) < 1
 
 
 def test_its_settings_come_from_the_checkpoint(shifted, resumed):
@@ -88,7 +88,7 @@ def cut(train, interrupt):
         ({"sos": True, "sos_layers": "box", "sos_guard": "none"}, "['sos_layers', 'sos_guard']"),
     ],
 )
-def test_changed_settings_are_ignored_and_said_to_be(train, cut, asked, ignored):
+def test_changed_settings_are_ignored_with_a_warning(train, cut, asked, ignored):
     last = cut(sos=True)
     before = torch_load(last, map_location="cpu")["sos"]["settings"]
     run = train(model=last, resume=True, **asked)
@@ -118,8 +118,8 @@ def test_a_new_run_from_a_checkpoint_of_sos_takes_no_settings_from_it(train, cut
     assert run.trainer.sos.sos is False and not run.shifts
 
 
-def test_an_epoch_that_is_recovered_from_nan_is_told_once(train):
-    """The host runs an epoch again from the last checkpoint when its loss is not a number."""
+def test_an_epoch_that_is_recovered_from_nan_is_logged_once(train):
+    """Ultralytics runs an epoch again from the last checkpoint when its loss is not a number."""
     poisoned = []
 
     def poison(trainer):
@@ -136,7 +136,7 @@ def test_an_epoch_that_is_recovered_from_nan_is_told_once(train):
         assert not same(run.trained[3][name], run.ended[3][name])
 
 
-def test_lines_of_epochs_that_will_run_again_go(tmp_path, resumed):
+def test_lines_of_epochs_that_will_run_again_are_dropped(tmp_path, resumed):
     path = tmp_path / "sos.csv"
     path.write_bytes((resumed[1].save_dir / "sos.csv").read_bytes())
     assert {row["epoch"] for row in ShiftLog(path, resume_from=3).rows} == {"2", "3"}

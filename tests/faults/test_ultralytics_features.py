@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""What the host can do beside plain training, together with SOS."""
+"""What Ultralytics can do beside plain training, together with SOS."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import random
 
 import pytest
 import torch
-from ultralytics.engine import trainer as host
+from ultralytics.engine import trainer as stock_trainer
 from ultralytics.utils.patches import torch_load
 
-from yolo_sos.heads import final_layers
-from yolo_sos.train import mixin
+from yolo_sos.yolo import training
+from yolo_sos.yolo.heads import final_layers
 
 
 def assert_shifted(run, epochs):
@@ -43,7 +43,7 @@ def feature(what: str, *values, outcome: str = "works"):
         feature("cache=ram", {"cache": "ram"}, lambda run: run.trainer.train_loader.dataset.ims[0] is not None),
         feature("cache=disk", {"cache": "disk"}, lambda run: run.trainer.train_loader.dataset.npy_files[0].exists()),
         feature("close_mosaic=1", {"close_mosaic": 1}, lambda run: run.said("Closing dataloader mosaic")),
-        feature("fraction=0.5", {"fraction": 0.5}, lambda run: len(run.trainer._source.view) == 12),
+        feature("fraction=0.5", {"fraction": 0.5}, lambda run: len(run.trainer.plain_images()[0]) == 12),
         feature("val=False", {"val": False}, lambda run: len(run.rows("results.csv")) == 2),
         feature("plots=True", {"plots": True}, lambda run: (run.save_dir / "sos.png").stat().st_size > 0),
         feature("cos_lr=True", {"cos_lr": True}, lambda run: run.trainer.lf(1) != run.trainer.lf(0)),
@@ -65,22 +65,23 @@ def test_trains_and_shifts(train, settings, holds):
 
 @pytest.mark.feature("amp=bf16", "works")
 def test_mixed_precision(train, monkeypatch):
-    """The host has it on GPUs alone: here, its autocast is torch's own for the CPU."""
+    """Ultralytics has it on GPUs alone: here, its autocast is torch's own for the CPU."""
     entered = []
 
     def autocast(dtype, device):
         entered.append(dtype)
         return torch.autocast(device, dtype)
 
-    monkeypatch.setattr(host, "autocast", autocast)
+    monkeypatch.setattr(stock_trainer, "autocast", autocast)
     run = train(amp="bf16")
     assert entered == [torch.bfloat16] * 6
     assert_shifted(run, epochs=(1, 2))
 
 
 @pytest.mark.feature("compile=True", "works")
+@pytest.mark.slow
 def test_a_compiled_model(train, monkeypatch):
-    """By dynamo without code generation: the host's own back end takes a minute on the CPU."""
+    """By dynamo without code generation: Ultralytics' own back end takes a minute on the CPU."""
     compiled = []
 
     def attempt_compile(model, device, mode):
@@ -88,7 +89,7 @@ def test_a_compiled_model(train, monkeypatch):
         compiled.append(torch.compile(model, backend="eager"))
         return compiled[0]
 
-    monkeypatch.setattr(host, "attempt_compile", attempt_compile)
+    monkeypatch.setattr(stock_trainer, "attempt_compile", attempt_compile)
     run = train(compile=True)
     assert run.trainer.model is compiled[0]
     assert_shifted(run, epochs=(1, 2))
@@ -125,6 +126,7 @@ def test_a_limit_of_time(train):
 
 
 @pytest.mark.feature("deterministic=True", "same seed, same machine: same weights, bit for bit")
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(train):
     first, second, other = (
         torch_load(train(seed=seed).save_dir / "weights/last.pt", map_location="cpu")["model"].state_dict()
@@ -142,8 +144,8 @@ def test_quantization_aware_training_is_refused(train, quantize):
 
 
 @pytest.mark.feature("another release of Ultralytics", "works as far as it can; named as untested")
-@pytest.mark.parametrize("version", [mixin.TESTED_HOSTS[0], "8.4.9999"])
+@pytest.mark.parametrize("version", [training.TESTED[0], "8.4.9999"])
 def test_an_untested_release_is_named(train, monkeypatch, version):
-    monkeypatch.setattr(mixin, "host_version", version)
+    monkeypatch.setattr(training, "ultralytics_version", version)
     run = train(epochs=1)
-    assert run.said(f"Ultralytics {version} is untested") == (version not in mixin.TESTED_HOSTS)
+    assert run.said(f"Ultralytics {version} is untested") == (version not in training.TESTED)

@@ -14,7 +14,7 @@ import torch
 from ultralytics import YOLO
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolo_sos.train import mixin
+from yolo_sos.core import SOS
 
 Weights = dict[str, torch.Tensor]
 EPOCHS = 4
@@ -65,7 +65,7 @@ class Run:
         return read_csv(path) if path.exists() else []
 
     def watch(self, model: YOLO) -> None:
-        """Have callbacks take notes."""
+        """Register callbacks that take notes."""
 
         def note(notes: dict[int, Any]) -> Callable[[Any], None]:
             def callback(_) -> None:
@@ -81,7 +81,7 @@ class Run:
         model.add_callback("on_train_epoch_end", note(self.ended))
         model.add_callback("on_val_start", lambda v: note(self.validated)(v) if v.training else None)
 
-    def shift_layers(self, model, layers, fit, task, *, heldout=(), **kwargs):
+    def shift(self, sos: SOS, batches, heldout=(), **kwargs):
         """Shift as ever, and note the images."""
         seen: list[list[str]] = [[], []]
 
@@ -90,9 +90,9 @@ class Run:
                 files += [Path(f).name for f in batch["im_file"]]
                 yield batch
 
-        report = REAL_SHIFT(model, layers, noting(fit, seen[0]), task, heldout=noting(heldout, seen[1]), **kwargs)
+        report = REAL_SHIFT(sos, noting(batches, seen[0]), noting(heldout, seen[1]), **kwargs)
         self.images[self.trainer.epoch + 1] += seen
         return report
 
 
-REAL_SHIFT = mixin.shift_layers
+REAL_SHIFT = SOS.shift

@@ -12,7 +12,8 @@ import torch
 from ultralytics import YOLO
 from ultralytics.utils.patches import torch_load
 
-from yolo_sos.train import TRAINERS, mixin
+from yolo_sos.core import SOS
+from yolo_sos.trainers import TRAINERS
 
 HEADS = {
     "segment": ("Segment, [nc, 16, 32]", "names: {0: box, 1: bar}", {"box", "cls", "mask"}),
@@ -84,24 +85,24 @@ def test_a_short_run_shifts_every_kind_of_layer(task, tiny_set, tmp_path, monkey
     model.write_text(MODEL.format(head=HEADS[task][0]))
     losses = []
 
-    def shift(model, layers, fit, task, *, heldout=(), **kwargs):
+    def shift(sos, batches, heldout=(), **kwargs):
         """Shift as ever, and compute the loss before and after it anew, with the whole model."""
-        held = list(heldout)
+        held, model, task = list(heldout), sos.model, sos._task
 
         def loss():
             model.eval()
             with torch.no_grad():
-                total = sum(task.size(b) * float(task.loss(task.forward(model, b), b)) for b in held)
+                total = sum(task.size(b) * float(task.loss(task.run(model, b), b)) for b in held)
             return total / sum(task.size(b) for b in held)
 
         before = loss()
-        report = real(model, layers, fit, task, heldout=held, **kwargs)
+        report = real(sos, batches, held, **kwargs)
         losses.append((report.heldout_before, before))
         losses.append((report.heldout_after, loss()))
         return report
 
-    real = mixin.shift_layers
-    monkeypatch.setattr(mixin, "shift_layers", shift)
+    real = SOS.shift
+    monkeypatch.setattr(SOS, "shift", shift)
     yolo = YOLO(model, task=task)
     yolo.train(
         trainer=TRAINERS[task],
@@ -127,6 +128,7 @@ def test_a_short_run_shifts_every_kind_of_layer(task, tiny_set, tmp_path, monkey
 
 
 @pytest.mark.parametrize("task", HEADS)
+@pytest.mark.slow
 def test_the_peers_train_every_task(task, tiny_set, tmp_path):
     model = tmp_path / f"tiny-{task}.yaml"
     model.write_text(MODEL.format(head=HEADS[task][0]))

@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""Validation of many weights at once is the host's validation of each."""
+"""Validation of many weights at once is Ultralytics' validation of each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ import pytest
 import torch
 from ultralytics import YOLO
 
-from yolo_sos.checkpoint.file import Checkpoint
-from yolo_sos.checkpoint.score import headline
-from yolo_sos.checkpoint.workbench import Workbench
-from yolo_sos.core import InputCapture
-from yolo_sos.core.layers import weight_matrix, write_weight
-from yolo_sos.core.shift import evaluation, layer_outputs
-from yolo_sos.heads import HostTask, final_layers
+from yolo_sos.core import InputCapture, evaluation, layer_outputs, weight_matrix, write_weight
+from yolo_sos.yolo import CheckpointShift
+from yolo_sos.yolo.heads import YoloTask, final_layers
+from yolo_sos.yolo.score import headline
 
 HEADS = [
     *("yolov5n", "yolov10n", "yolo26n", "yolov8n-seg", "yolo26n-seg", "yolov8n-pose", "yolo26n-pose"),
@@ -35,7 +32,7 @@ def test_decoded_replays_are_what_the_model_returns_with_those_weights(name, fus
     model = YOLO(f"{name}.yaml").model
     model = model.fuse(verbose=False) if fuse else model
     layers, image = final_layers(model), torch.rand(2, 3, 64, 96)
-    task = HostTask(model, criterion=lambda *_: None)
+    task = YoloTask(model, criterion=lambda *_: None)
     weights = {layer.name: torch.randn_like(weight_matrix(layer.module)) for layer in layers}
     with evaluation(model), InputCapture(layers) as capture:
         output = model(image)
@@ -52,27 +49,27 @@ def test_decoded_replays_are_what_the_model_returns_with_those_weights(name, fus
 
 
 def stock(model, data):
-    """Return what the host's own validation says of a checkpoint or a model."""
+    """Return what Ultralytics' own validation says of a checkpoint or a model."""
     yolo = model if isinstance(model, YOLO) else YOLO(model)
     return dict(yolo.val(data=str(data), imgsz=64, batch=8, device="cpu", plots=False, workers=0).results_dict)
 
 
 @pytest.fixture
-def bench(trained, seen):
-    return Workbench(Checkpoint(trained["best"]), seen, kinds=("box", "cls"), splits=("val",))
+def job(trained, seen):
+    return CheckpointShift(trained["best"], seen)
 
 
-def test_every_set_of_weights_gets_the_metrics_of_a_validation_of_its_own(bench, trained, seen, contents, tmp_path):
+def test_every_set_of_weights_gets_the_metrics_of_a_validation_of_its_own(job, trained, seen, contents, tmp_path):
     torch.manual_seed(0)
-    layers = bench.checkpoint.layers
+    layers = job.checkpoint.layers
     own = {layer.name: weight_matrix(layer.module).clone() for layer in layers}
     noisy = [{k: w + s * torch.randn_like(w) for k, w in own.items()} for s in (0.002, 0.02)]
     partly = {layers[0].name: torch.zeros_like(own[layers[0].name])}
     sets = [*noisy, partly, {}]
     before = contents(trained["best"].parent)
-    found, seconds = bench.score(sets)
+    found, seconds = job.score(sets, "val")
     assert contents(trained["best"].parent) == before
-    assert all(not m._forward_pre_hooks for m in bench.model.modules())
+    assert all(not m._forward_pre_hooks for m in job.model.modules())
     assert found[0]["metrics/mAP50-95(B)"] > 0.05
     assert len({f["fitness"] for f in found}) == 4  # or the comparison would say little
     assert found[0] == found[-1] == stock(trained["best"], seen)
@@ -85,25 +82,25 @@ def test_every_set_of_weights_gets_the_metrics_of_a_validation_of_its_own(bench,
     assert min(seconds.values()) > 0
 
 
-def test_the_model_runs_once_per_batch_however_many_sets_there_are(bench, monkeypatch):
+def test_the_model_runs_once_per_batch_however_many_sets_there_are(job, monkeypatch):
     calls = []
-    forward = type(bench.model)._predict_once
+    forward = type(job.model)._predict_once
 
     def counted(self, x, *args, **kwargs):
         calls.append(len(x))
         return forward(self, x, *args, **kwargs)
 
-    monkeypatch.setattr(type(bench.model), "_predict_once", counted)
-    own = {layer.name: weight_matrix(layer.module) for layer in bench.shifted}
-    bench.score([own] * 7)
-    assert [c for c in calls if c > 1] == [8, 8, 8]  # one image is what the host counts operations with
+    monkeypatch.setattr(type(job.model), "_predict_once", counted)
+    own = {layer.name: weight_matrix(layer.module) for layer in job.layers}
+    job.score([own] * 7, "val")
+    assert [c for c in calls if c > 1] == [8, 8, 8]  # one image is what Ultralytics counts operations with
 
 
-def test_an_error_half_way_removes_the_hooks_and_leaves_no_folder(bench, monkeypatch, tmp_path):
+def test_an_error_half_way_removes_the_hooks_and_leaves_no_folder(job, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("yolo_sos.checkpoint.score.layer_outputs", lambda *_: 1 / 0)
+    monkeypatch.setattr("yolo_sos.yolo.score.layer_outputs", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        bench.score([{}])
+        job.score([{}], "val")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,8 +8,9 @@ import json
 import pytest
 
 from yolo_sos import cli
-from yolo_sos.checkpoint import job
+from yolo_sos.cli import shift
 from yolo_sos.config import SHIFT_SETTINGS
+from yolo_sos.yolo.job import CheckpointJob
 
 
 def run(*args):
@@ -24,8 +25,8 @@ def run(*args):
 def test_a_shift(weights, seen, capfd):
     path = weights()
     assert run("shift", f"model={path}", f"data={seen}", "rank=0.75", "guard=none", "images=all", "val=false") == 0
-    assert {p.name for p in path.parent.iterdir()} == {"best.pt", "best-sos.pt", "shift.json"}
-    report = json.loads(path.with_name("shift.json").read_text())
+    assert {p.name for p in path.parent.iterdir()} == {"best.pt", "best-sos.pt", "best-sos.json"}
+    report = json.loads(path.with_name("best-sos.json").read_text())
     assert (report["settings"]["rank"], report["settings"]["guard"]) == (0.75, None)
     assert "fit images: 100%" in capfd.readouterr().out
 
@@ -33,7 +34,7 @@ def test_a_shift(weights, seen, capfd):
 def test_a_sweep(weights, seen):
     path = weights()
     assert run("detect", "shift", "sweep", f"model={path}", f"data={seen}", "draws=1", "val=False") == 0
-    assert {p.name for p in path.parent.iterdir()} == {"best.pt", "sweep.csv", "sweep.png"}
+    assert {p.name for p in path.parent.iterdir()} == {"best.pt", "best-sweep.csv", "best-sweep.png"}
 
 
 def test_the_guard_exits_with_3(weights, seen, contents):
@@ -75,18 +76,18 @@ def test_an_image_that_breaks_on_the_way_exits_with_2(weights, seen, contents, c
     def broken(*_):
         raise FileNotFoundError("Image Not Found 7.jpg")
 
-    monkeypatch.setattr("yolo_sos.checkpoint.workbench.Workbench.capture", broken)
+    monkeypatch.setattr("yolo_sos.yolo.job.CheckpointJob.fitted", broken)
     assert run("shift", f"model={path}", f"data={seen}") == 2
     assert "Image Not Found 7.jpg" in capsys.readouterr().err
     assert contents(path.parent) == before
 
 
 def test_the_keys_are_those_of_the_job():
-    options = set(job.CheckpointJob.__init__.__annotations__) - {"return", "settings"}
-    short, long = set(SHIFT_SETTINGS), {f"sos_{name}" for name in SHIFT_SETTINGS}
-    assert set(cli.SHIFT_KEYS) == options | short | long | {"sweep"}
+    options = set(CheckpointJob.__init__.__annotations__) - {"return", "settings"}
+    assert {argument.name for argument in shift.OWN} == options | set(SHIFT_SETTINGS) | {"sweep"}
+    assert set(shift.MODE.also) == {f"sos_{name}" for name in SHIFT_SETTINGS}
 
 
 def test_the_help_names_everything():
     for key in (*SHIFT_SETTINGS, "draws", "sweep", "imgsz", "batch", "device", "seed", "val", "exist_ok"):
-        assert key in cli.HELP
+        assert f"  {key}=" in shift.MODE.help()
