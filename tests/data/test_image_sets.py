@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from yolo_sos.config import resolve_data
+from yolo_sos.builtin import resolve_data
 from yolo_sos.data import digits, digits_cls, fashion
 from yolo_sos.data.image_folder import draw_split
 
