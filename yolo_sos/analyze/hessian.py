@@ -115,7 +115,7 @@ class Curvature:
                 leaves.append(output.detach().requires_grad_())
                 return leaves[-1]
 
-            loss = task.loss(_mapped(task.forward(model, batch), cut), batch)
+            loss = task.loss(_mapped(task.run(model, batch), cut), batch)
             self.loss = float(loss.detach())
             slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
             used = [i for i, slope in enumerate(slopes) if slope is not None]

@@ -97,7 +97,7 @@ def trace(
             raise ValueError(f"{shift.method}: {shift.status}.")
         changes = deviations(job.layers, moments, shift.weights()).values()
         loss = heldout.loss(shift.weights())
-        figures.append((shift.squared_squared_norm, shift.rank, shift.deviation, sum(changes) / len(changes), loss))
+        figures.append((shift.squared_norm_ratio, shift.rank, shift.deviation, sum(changes) / len(changes), loss))
     seconds["algebra"] = time.perf_counter() - start
     metrics: list[dict[str, dict[str, float]]] = [{} for _ in figures]
     for split in splits:
