@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from little_experiment import experiment, weights, workplace  # noqa: F401
 
 STUDIES = Path(__file__).parents[2] / "studies"

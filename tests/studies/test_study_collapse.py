@@ -14,6 +14,7 @@ import torch
 
 from yolo_sos.core import HeldOut
 
+
 @pytest.fixture(scope="module")
 def tool(load_study):
     return load_study("collapse")
