@@ -6,8 +6,9 @@
 
 Every size runs in a process of its own, so that peak memory is its own. Rows come in float32 in pieces of 8 400, an
 image of 640 px in a detector. As yardstick in the same process and in turn: the same products in one `A.T @ A` of one
-piece in float64. A second table is of rows in groups that count the same, the default: beyond some megabytes they are
-thinned, and "off by" is what that costs, ‖G − exact‖ / ‖exact‖. Results go to docs/bench/gram.*.
+piece in float64. A second table is of rows in groups that count the same, the default: of more than some megabytes a
+sample is drawn; "kept" is its size, and "off by" what it costs, ‖G − exact‖ / ‖exact‖. Results go to
+docs/bench/gram.*.
 """
 
 from __future__ import annotations
@@ -30,38 +31,51 @@ def measure(rows: int, d: int, groups: int) -> dict[str, Any]:
     """Return seconds and peak memory for so many rows in so many groups, and the time of the bare products."""
     import torch
 
-    from yolo_sos.core import Gram, GroupedGram
+    from yolo_sos.core import Moments, RowSample
+    from yolo_sos.core.moments import CAPACITY
 
+    generator = torch.Generator().manual_seed(0)
     pieces = [min(PIECE, rows - i) for i in range(0, rows, PIECE)]
-    piece, weights = torch.rand(PIECE, d), torch.rand(PIECE, groups).pow(16)  # most are small
+    piece = torch.rand(PIECE, d, generator=generator)
+    weights, labels = torch.rand(PIECE, max(groups, 1), generator=generator).pow(16).max(1)  # most are small
+    given = (piece, labels, weights) if groups else (piece,)
     double = piece.double()
-    Gram(d).update(piece)  # warms up
+    Moments(d).update(piece)  # warms up
     peak = Peak()
     peak.reset()
-    moment: Gram | GroupedGram = GroupedGram(d) if groups else Gram(d)
+    size = max(CAPACITY // (4 * d), d)
+    accumulator: Moments | RowSample = RowSample(d, groups, size, generator) if groups else Moments(d)
     seconds = 0.0
     products: list[float] = []
-    for i, size in enumerate(pieces):
-        fresh = [x[:size].clone() for x in ((piece, weights) if groups else (piece,))]  # each piece its own memory
+    for i, count in enumerate(pieces):
+        fresh = [x[:count].clone() for x in given]  # each piece in memory of its own
         start = time.perf_counter()
-        moment.update(*fresh)
+        accumulator.update(*fresh)
         middle = time.perf_counter()
         seconds += middle - start
         if i % max(1, len(pieces) // 50) == 0:
             double.T @ double
             products.append((time.perf_counter() - middle) / PIECE)
     start = time.perf_counter()
-    found = moment.matrix if isinstance(moment, Gram) else moment.gram.matrix
+    found = accumulator.matrix if isinstance(accumulator, Moments) else accumulator.moments.matrix
     seconds += time.perf_counter() - start
     mb = peak.mb
     times = torch.full((PIECE,), len(pieces) - 1.0, dtype=torch.float64)  # that each row of the piece was seen
     times[: pieces[-1]] += 1.0
     if groups:
-        w = weights.double()
-        times *= w @ (1 / (times @ w))
+        times *= weights.double()
+        times /= torch.zeros(groups, dtype=torch.float64).index_add_(0, labels, times)[labels]
     exact = (double * times[:, None]).T @ double
     error = float((found - exact).norm() / exact.norm())
-    return {"rows": rows, "seconds": seconds, "mb": mb, "product_per_row": median(products), "error": error}
+    kept = len(accumulator.sample) if isinstance(accumulator, RowSample) else rows
+    return {
+        "rows": rows,
+        "kept": kept,
+        "seconds": seconds,
+        "mb": mb,
+        "product_per_row": median(products),
+        "error": error,
+    }
 
 
 def told_sizes(sizes: Sequence[dict[str, Any]]) -> str:
@@ -69,6 +83,7 @@ def told_sizes(sizes: Sequence[dict[str, Any]]) -> str:
     lines = [
         [
             f"{s['rows']:.0e}",
+            f"{s['kept']}",
             f"{s['seconds']:.3g}",
             f"{s['rows'] / s['seconds'] / 1e3:.0f}",
             f"{s['mb']:.0f}",
@@ -77,7 +92,7 @@ def told_sizes(sizes: Sequence[dict[str, Any]]) -> str:
         ]
         for s in sizes
     ]
-    return table(["rows", "s", "thousand rows / s", "peak MB", "× bare product", "off by"], lines)
+    return table(["rows", "kept", "s", "thousand rows / s", "peak MB", "× bare product", "off by"], lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -33,7 +33,7 @@ from typing import Any
 
 from bench_common import BENCH, Peak, save, spread, table, told
 
-from yolo_sos.config import METHODS
+from yolo_sos.core import METHODS
 
 AXES: dict[str, tuple[Any, ...]] = {
     "model": ("yolov5n", "yolov5s", "yolov5m", "yolov5l", "yolov5x"),
@@ -45,7 +45,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 OBJECTS = 5  # per image
 N = 10_000  # training images that the shares are of
 EPOCHS = 100  # epochs of a run that shifts once
-MOST = 64  # images that are measured: memory is full by then, and what fills it is thinned
+MOST = 64  # images that are measured: by then rows are sampled, and memory does not grow any more
 
 
 def measure(model: str, imgsz: int, classes: int, batch: int, method: str, repeats: int, device: str) -> dict[str, Any]:
@@ -55,10 +55,10 @@ def measure(model: str, imgsz: int, classes: int, batch: int, method: str, repea
     from ultralytics.nn.tasks import DetectionModel
 
     from yolo_sos.config import SOSConfig
-    from yolo_sos.core import shift_layers
-    from yolo_sos.core.shift import HELD_OUT
-    from yolo_sos.heads import HostTask, final_layers
-    from yolo_sos.train.sampling import IMAGES, PER_CLASS
+    from yolo_sos.core import SOS, ShiftReport
+    from yolo_sos.yolo.heads import YoloTask, final_layers
+    from yolo_sos.yolo.images import HELD_OUT
+    from yolo_sos.yolo.shifting import IMAGES, PER_CLASS
 
     torch.manual_seed(0)
     place = torch.device("cpu" if device == "cpu" else f"cuda:{device}")
@@ -83,23 +83,22 @@ def measure(model: str, imgsz: int, classes: int, batch: int, method: str, repea
 
     (train,), fit, held = batches(batch), batches(images), batches(heldout)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9)
-    task, layers, peak = HostTask(net), final_layers(net), Peak(device)
+    peak = Peak(device)
+    sos = SOS(net, final_layers(net), method=config.method, guard=config.sos_guard, task=YoloTask(net))
 
     def step() -> None:
         net.train()
         optimizer.zero_grad()
-        with torch.autocast("cuda", enabled=peak.cuda):  # as the host trains on a GPU
+        with torch.autocast("cuda", enabled=peak.cuda):  # as Ultralytics trains on a GPU
             loss = net(train)[0].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
         optimizer.step()
 
-    reports: list[Any] = []
+    reports: list[ShiftReport] = []
 
     def shift() -> None:
-        reports.append(
-            shift_layers(net, layers, fit, task, heldout=held, method=config.method(), guard=config.sos_guard)
-        )
+        reports.append(sos.shift(fit, held))
 
     seconds: dict[str, list[float]] = {"step": [], "shift": []}
     peaks: dict[str, list[float]] = {"step": [], "shift": []}

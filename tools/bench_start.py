@@ -4,11 +4,11 @@
 
     python tools/bench_start.py --data=digits.yaml      # two minutes on two CPU cores
 
-Fresh processes in turn. "import yolo_sos" and the help are told less what an empty interpreter takes. The way to the
-first training step runs from the trainer's construction to the end of the first batch, for stock Ultralytics, for our
-trainer with sos=false and with sos=true. As starts differ by more from one to the next than 1 %, what our trainer does
-beside the host's is timed by itself too: the time within its constructor, its model's and its training's set-up less
-the time within the host's. Results go to docs/bench/start.*.
+Fresh processes in turn. From the times of "import yolo_sos" and of the help, that of an empty interpreter is
+subtracted. The way to the first training step runs from the trainer's construction to the end of the first batch, for
+stock Ultralytics, for our trainer with sos=false and with sos=true. As starts differ by more than 1 % from one to the
+next, what our trainer does beside Ultralytics' is timed by itself too: the time within its constructor, its model's and
+its training's set-up less the time within Ultralytics'. Results go to docs/bench/start.*.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def timed(base: type, seconds: dict[str, float], key: str) -> type:
 
 
 def first_step(arm: str, data: str, model: str) -> dict[str, float]:
-    """Return seconds to the end of the first batch, and those that our trainer spent beside the host's."""
+    """Return seconds to the end of the first batch, and those that our trainer spent beside Ultralytics'."""
     from ultralytics.models.yolo.detect import DetectionTrainer
 
-    from yolo_sos.train.mixin import SOSMixin
+    from yolo_sos.trainers import SOSMixin
 
     class Reached(Exception):
         pass
@@ -69,8 +69,8 @@ def first_step(arm: str, data: str, model: str) -> dict[str, float]:
         raise Reached
 
     seconds: dict[str, float] = {}
-    host = timed(DetectionTrainer, seconds, "host")
-    trainer_class = host if arm == "stock" else timed(type("Ours", (SOSMixin, host), {}), seconds, "ours")
+    stock = timed(DetectionTrainer, seconds, "stock")
+    trainer_class = stock if arm == "stock" else timed(type("Ours", (SOSMixin, stock), {}), seconds, "ours")
     with tempfile.TemporaryDirectory(prefix="bench-start-") as folder:
         options = {"data": data, "model": model, "imgsz": 160, "batch": 16, "epochs": 10, "workers": 0}
         options.update(device="cpu", plots=False, project=folder, seed=0)
@@ -81,7 +81,7 @@ def first_step(arm: str, data: str, model: str) -> dict[str, float]:
             trainer.train()
         except Reached:
             total = time.perf_counter() - start
-    return {"total": total, "beside": seconds.get("ours", seconds["host"]) - seconds["host"]}
+    return {"total": total, "beside": seconds.get("ours", seconds["stock"]) - seconds["stock"]}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,12 +94,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # a worker
     args = parser.parse_args(argv)
 
-    from yolo_sos.config import resolve_data
+    from yolo_sos.builtin import resolve_data
 
     data = resolve_data(args.data)
     if args.arm:
         channel = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what the host prints
+        os.dup2(2, 1)  # what Ultralytics prints
         print(json.dumps(first_step(args.arm, data, args.model)), file=channel, flush=True)
         return
     starts: dict[str, list[float]] = {name: [] for name in SNIPPETS}
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"Medians (least–largest) of {4 * args.repeats} and {args.repeats} fresh processes, in turn.\n\n"
         + table(["", "ms", "less an empty one, ms"], [[k, told(starts[k]), told(less[k])] for k in starts])
         + "\n\nTo the end of the first training step:\n\n"
-        + table(["", "s", "× stock", "ours beside the host's, ms", "of stock"], rows)
+        + table(["", "s", "× stock", "ours beside Ultralytics', ms", "of stock"], rows)
     )
     save(args.name, "Start-up", body, {"starts_ms": starts, "first_step": runs}, argv)
 

@@ -42,7 +42,7 @@ PHASES = ("sample", "forward", "rows", "solve", "guard", "write")
 def work(arm: str, options: dict[str, Any]) -> None:
     """Train one arm in this process, an epoch for each line that arrives; answer each with a record in JSON."""
     channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what the host prints goes where its log goes
+    os.dup2(2, 1)  # what Ultralytics prints goes to its log
     import torch
     from ultralytics.models.yolo.detect import DetectionTrainer
 
@@ -57,11 +57,11 @@ def work(arm: str, options: dict[str, Any]) -> None:
         return time.perf_counter()
 
     class Probe(base):  # type: ignore[misc, valid-type]
-        def _shift(self) -> dict[str, Any]:
+        def _shift_everywhere(self, models: dict[str, Any]) -> dict[str, Any]:
             record["step_mb"] = peak.mb
             peak.reset()
             start = clock()
-            reports = super()._shift()
+            reports = super()._shift_everywhere(models)
             record["shift_s"] = clock() - start
             record["shift_mb"] = peak.mb
             record["ms"] = {p: sum(r.milliseconds[p] for r in reports.values()) for p in PHASES}
@@ -220,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing := {"stock", "sos"} - set(args.arms):
         parser.error(f"--arms lacks {', '.join(sorted(missing))}: ratios need both.")
 
-    from yolo_sos.config import SOSConfig, resolve_data
+    from yolo_sos.builtin import resolve_data
+    from yolo_sos.config import SOSConfig
 
     options = {key: getattr(args, key) for key in ("model", "imgsz", "batch", "epochs", "seed", "device", "amp")}
     options["data"] = resolve_data(args.data)

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _MODULES = {  # public name → module
     "Method": "yolo_sos.core.method",
     "SOS": "yolo_sos.core.sos",
+    "SOSCallback": "yolo_sos.lightning",
     "SOSClassificationTrainer": "yolo_sos.trainers",
     "SOSConfig": "yolo_sos.config",
     "SOSDetectionTrainer": "yolo_sos.trainers",

@@ -12,9 +12,8 @@ from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG
 
 from yolo_sos.analyze.hessian import Subject
-from yolo_sos.core import ClassifierTask, FinalLayer
-from yolo_sos.core.layers import weight_matrix
-from yolo_sos.heads import HostTask, final_layers
+from yolo_sos.core import FinalLayer, ModelTask, weight_matrix
+from yolo_sos.yolo.heads import YoloTask, final_layers
 
 
 @pytest.fixture
@@ -26,12 +25,12 @@ def small():
     ).double()
     net[1].running_mean.normal_()
     batches = [(torch.randn(n, 2, 5, 5).double(), torch.randint(4, (n,))) for n in (5, 3)]
-    return Subject("small", net.train(), ClassifierTask(), [FinalLayer("5", net[5])]), batches
+    return Subject("small", net.train(), ModelTask(), [FinalLayer("5", net[5])]), batches
 
 
 @pytest.fixture
-def host():
-    """``host(yaml, nc)`` returns a model of the host: features that do not fade, final layers that say something."""
+def ultralytics_model():
+    """``ultralytics_model(yaml, nc)`` returns a model whose features do not fade, with final layers of some size."""
 
     def make(name: str, nc: int = 10, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
@@ -53,22 +52,22 @@ def host():
 
 
 @pytest.fixture
-def subject(host):
-    """``subject(yaml)`` returns a model of the host as a subject."""
+def subject(ultralytics_model):
+    """``subject(yaml)`` returns a model of Ultralytics as a subject."""
 
     def make(name: str, nc: int = 10) -> Subject:
-        model = host(name, nc)
-        return Subject(name, model, HostTask(model), final_layers(model))
+        model = ultralytics_model(name, nc)
+        return Subject(name, model, YoloTask(model), final_layers(model))
 
     return make
 
 
 @pytest.fixture
-def checkpoint(host, digits, tmp_path):
-    """``checkpoint(file, yaml)`` writes a checkpoint of the host."""
+def checkpoint(ultralytics_model, digits, tmp_path):
+    """``checkpoint(file, yaml)`` writes a checkpoint as Ultralytics does."""
 
     def make(file: str, name: str, nc: int = 10, seed: int = 0, data: Path = digits) -> Path:
-        model = host(str(name), nc, seed)
+        model = ultralytics_model(str(name), nc, seed)
         args = {"task": model.task, "imgsz": 64, "batch": 4, "data": str(data), "model": str(name)}
         path = tmp_path / file
         path.parent.mkdir(parents=True, exist_ok=True)

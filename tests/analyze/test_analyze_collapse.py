@@ -12,8 +12,8 @@ from analyze_targets import targets
 from torch import nn
 
 from yolo_sos.analyze.collapse import (
-    BLOCKS,
-    NAMES,
+    JACKKNIFE,
+    MEASURES,
     Collapse,
     assignments,
     class_layers,
@@ -22,8 +22,7 @@ from yolo_sos.analyze.collapse import (
     nc1,
 )
 from yolo_sos.analyze.estimate import Estimate
-from yolo_sos.core import FinalLayer, InputCapture
-from yolo_sos.core.shift import evaluation
+from yolo_sos.core import FinalLayer, InputCapture, evaluation
 
 
 def layer_of(weight, bias=None):
@@ -73,7 +72,7 @@ def test_exact_collapse_is_zero():
         y = torch.arange(4).repeat(5)
         collapse.update(means[y] + 7.0, y)  # wherever the centre is
     found = collapse.measures()
-    for name in NAMES:
+    for name in MEASURES:
         assert found[name].estimate == pytest.approx(0, abs=1e-10), name
         assert found[name].stderr == pytest.approx(0, abs=1e-10), name
     assert collapse.features == 60
@@ -115,7 +114,7 @@ def test_the_plain_reference_and_any_cut_into_batches():
             collapse.update(torch.cat([features, features + 100]), torch.cat([labels, background]))
             start = end
         found = collapse.measures()
-        for name in NAMES:
+        for name in MEASURES:
             assert found[name].estimate == pytest.approx(expected[name], rel=1e-9), name
 
 
@@ -125,7 +124,7 @@ def test_standard_errors_by_the_jackknife_are_those_of_repeated_sets():
         y = np.tile(np.arange(3), 80)
         h = np.eye(3, 6)[y] * 3 + rng.normal(size=(240, 6))
         collapse = Collapse(layer_of(torch.eye(3, 6).double()))
-        for part in np.array_split(rng.permutation(240), BLOCKS):
+        for part in np.array_split(rng.permutation(240), JACKKNIFE):
             collapse.update(torch.tensor(h[part]), torch.tensor(y[part]))
         return collapse.measures()["nc1"]
 
@@ -162,7 +161,7 @@ def test_a_detector_takes_what_its_assigner_assigns(subject, tiny, name, branche
     assert len(layers) == 3 * branches
     collapses = [Collapse(layer) for layer in layers]
     with evaluation(of.model), InputCapture(of.layers) as capture:
-        output = of.task.forward(of.model, batch)
+        output = of.task.run(of.model, batch)
         inputs = capture.take()
         collect(collapses, of.task, output, inputs, batch)
         with assignments(of.task.criterion) as seen:
@@ -204,7 +203,7 @@ def test_a_classifier_takes_images_by_their_labels(subject):
     (layer,) = class_layers(of.layers)
     collapse = Collapse(layer)
     with evaluation(of.model), InputCapture(of.layers) as capture:
-        output = of.task.forward(of.model, batch)
+        output = of.task.run(of.model, batch)
         inputs = capture.take()
         collect([collapse], of.task, output, inputs, batch)
     assert collapse.features == 6

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 
 import pytest
@@ -19,8 +20,8 @@ from yolo_sos.analyze.hessian import (
     rademacher,
     traces,
 )
-from yolo_sos.core import ClassifierTask, FinalLayer
-from yolo_sos.heads import HostTask
+from yolo_sos.core import FinalLayer, ModelTask
+from yolo_sos.yolo.heads import YoloTask
 
 BLOCKS = ("before", "final")
 
@@ -94,7 +95,7 @@ def test_linear_softmax_has_a_closed_form():
     x, y = torch.randn(9, 6).double(), torch.randint(4, (9,))
     p = net(x).softmax(1).detach()
     closed = float(((x.square().sum(1) + 1) * (1 - p.square().sum(1))).mean())
-    subject = Subject("linear", net, ClassifierTask(), [FinalLayer("0", layer)])
+    subject = Subject("linear", net, ModelTask(), [FinalLayer("0", layer)])
     with differentiable(subject, "final") as parameters:
         curvature = Curvature(net, subject.task, (x, y), parameters)
         both = [curvature.quadratic(e) for e in unit_vectors(parameters)]
@@ -157,7 +158,7 @@ def test_hessian_eigenthings_agrees(small):
         ("yolov8n-cls.yaml", "classify"),
     ],
 )
-def test_every_task_of_the_host(subject, tiny, name, task):
+def test_every_task_of_ultralytics(subject, tiny, name, task):
     """Against the plain double backward pass through model and criterion together."""
     of, batch = subject(str(tiny) if name == "tiny" else name), targets(task)
     with differentiable(of, "before") as parameters:
@@ -166,7 +167,7 @@ def test_every_task_of_the_host(subject, tiny, name, task):
         h, g = curvature.quadratic(vector)
         product = curvature.product(vector)
         with torch.enable_grad():
-            loss = of.task.loss(of.task.forward(of.model, batch), batch)
+            loss = of.task.loss(of.task.run(of.model, batch), batch)
             reached = [
                 i
                 for i, x in enumerate(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
@@ -185,14 +186,14 @@ def test_every_task_of_the_host(subject, tiny, name, task):
 @pytest.mark.parametrize("images", [2, 4])
 def test_the_loss_is_per_image_and_its_targets_carry_no_gradient(subject, tiny, images):
     of, batch = subject(str(tiny)), targets("detect", images)
-    assert isinstance(of.task, HostTask)
+    assert isinstance(of.task, YoloTask)
     assigned = []
     of.task.criterion.assigner.register_forward_hook(lambda module, args, out: assigned.extend(out))
     with differentiable(of, "final") as parameters:
         curvature = Curvature(of.model, of.task, batch, parameters)
     assert assigned and not any(t.requires_grad for t in assigned)
-    host = of.task.criterion(of.task.forward(of.model, batch), batch)[0].sum()
-    assert curvature.loss == pytest.approx(float(host.detach()) / images, rel=1e-5)
+    loss = of.task.criterion(of.task.run(of.model, batch), batch)[0].sum()  # Ultralytics multiplies by the batch size
+    assert curvature.loss == pytest.approx(float(loss.detach()) / images, rel=1e-5)
 
 
 def test_probes_are_shared_and_differences_paired(small):
@@ -200,11 +201,13 @@ def test_probes_are_shared_and_differences_paired(small):
     other = Subject("other", nn.Sequential(*subject.model), subject.task, subject.layers)
     a, b = traces([subject, other], batches, probes=12, seed=3)
     assert a == b
-    assert all(e.estimate == 0 and not e.resolved for e in (b["before"] - a["before"]).estimates().values())
+    assert all(
+        e.estimate == 0 and not e.resolved for e in b["before"].combined(operator.sub, a["before"]).estimates().values()
+    )
     again = traces([subject], batches, ["final"], probes=12, seed=3)[0]
     assert again["final"] == a["final"]  # whatever else was sampled
     assert traces([subject], batches, ["final"], probes=12, seed=4)[0] != again
-    both = (a["before"] + a["final"]).estimates()["hessian"].estimate
+    both = a["before"].combined(operator.add, a["final"]).estimates()["hessian"].estimate
     assert both == pytest.approx(sum(a[k].estimates()["hessian"].estimate for k in BLOCKS))
 
 
@@ -217,7 +220,7 @@ def test_a_close_model_is_told_apart_by_pairing(small):
         near[5].weight *= 1.02
     b = Subject("near", near, subject.task, [FinalLayer("5", near[5])])
     one, two = (found["before"] for found in traces([subject, b], batches, ["before"], probes=24))
-    change = (two - one).estimates()["gauss_newton"]
+    change = two.combined(operator.sub, one).estimates()["gauss_newton"]
     unpaired = (one.estimates()["gauss_newton"].stderr ** 2 + two.estimates()["gauss_newton"].stderr ** 2) ** 0.5
     assert change.resolved and change.stderr < unpaired / 5
 
@@ -240,7 +243,7 @@ def test_models_come_back_as_they_were(small):
     state = {k: v.clone() for k, v in net.state_dict().items()}
     modes, flags = [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]
 
-    class Broken(ClassifierTask):
+    class Broken(ModelTask):
         def loss(self, output, batch):
             raise RuntimeError("half way")
 

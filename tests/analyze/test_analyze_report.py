@@ -14,12 +14,13 @@ import torch
 import yaml
 from PIL import Image
 
-from yolo_sos import cli, memory
 from yolo_sos.analyze import Comparison, Curves, analyze_checkpoints, comparison, figures, hessian, spectrum
+from yolo_sos.analyze.curves import columns
 from yolo_sos.analyze.report import digits, number, plain
-from yolo_sos.analyze.watch import columns
-from yolo_sos.core.layers import weight_matrix
-from yolo_sos.heads import final_layers
+from yolo_sos.core import weight_matrix
+from yolo_sos.versions import versions
+from yolo_sos.yolo import memory
+from yolo_sos.yolo.heads import final_layers
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -53,15 +54,11 @@ def pair(checkpoint, tiny):
     return first, first.with_name("best-sos.pt")
 
 
-def test_a_comparison_from_the_command_line(pair, digits, tmp_path):
+def test_a_comparison(pair, digits, tmp_path):
     first, second = pair
     folder = tmp_path / "out/one"
-    cli.main(
-        [
-            *("analyze", f"model={first},{second}", f"data={digits}", "probes=3", "images=2", "batch=2"),
-            *("device=cpu", "fraction=0.5", f"project={tmp_path / 'out'}", "name=one", "seed=1"),
-        ]
-    )
+    options = {"probes": 3, "images": 2, "batch": 2, "fraction": 0.5, "seed": 1, "device": "cpu"}
+    analyze_checkpoints(f"{first},{second}", digits, **options, project=str(tmp_path / "out"), name="one")
     names = {p.name for p in folder.iterdir()}
     assert names == {"analysis.json", "report.html", "trace.png", "collapse.png", "landscape.png"} | {
         f"spectrum-{i}.png" for i in (1, 2)
@@ -72,7 +69,7 @@ def test_a_comparison_from_the_command_line(pair, digits, tmp_path):
     assert [m["name"] for m in found["models"]] == ["best", "best-sos"]
     assert found["config"]["seed"] == found["seed"] == 1 and found["config"]["imgsz"] == 64
     assert found["images"] == {"curvature": 2, "features": 12}
-    assert set(found["versions"]) == {"yolo_sos", "ultralytics", "torch", "python", "device"}
+    assert set(found["versions"]) == {"device", *versions()}
     (change,) = found["differences"]
     for block in "before", "final", "all":
         for key, e in change["trace"][block].items():
@@ -85,7 +82,7 @@ def test_a_comparison_from_the_command_line(pair, digits, tmp_path):
         assert m["samples"]["before"]["hessian"] and m["loss"] > 0
         assert len(m["collapse"]) == 3 and len(m["spectrum"]) == 6
         assert set(m["largest_eigenvalue"]) == {"before", "final"}
-    a, b = (m["weight_norm"]["final_weights"] for m in found["models"])
+    a, b = (m["weight_norm"] for m in found["models"])
     assert b == pytest.approx(a / 2, rel=1e-3)
     html = (folder / "report.html").read_text()
     assert "http" not in html.replace("http-equiv", "") and "<script" not in html and 'src="data:' in html
@@ -165,10 +162,17 @@ def test_one_class_leaves_collapse_out(checkpoint, tiny, digits, tmp_path):
 def test_what_does_not_fit_is_refused_before_the_first_image(pair, checkpoint, tiny, tmp_path, capsys):
     first, _ = pair
     other = checkpoint("other.pt", tiny, nc=3)
+    ckpt = torch.load(first, weights_only=False)
+    ckpt["model"].names[3] = "third"  # of as many classes, but others
+    renamed, single = tmp_path / "renamed.pt", tmp_path / "single.pt"
+    torch.save(ckpt, renamed)
+    torch.save({**ckpt, "train_args": {**ckpt["train_args"], "single_cls": True}}, single)
     classifier = checkpoint("classifier.pt", "yolov8n-cls.yaml", nc=10)
     for options, says in [
-        ({"model": [first, other]}, r"best.pt has 10 classes and .*other.pt has 3"),
-        ({"model": [first, classifier]}, r"task=detect and .*classifier.pt of task=classify"),
+        ({"model": [first, other]}, r"classes of .*other.pt and .* do not match: 3 and 10"),
+        ({"model": [first, renamed]}, r"classes of .*renamed.pt and .* do not match: .* class 3 is 'third' and '3'"),
+        ({"model": [first, single]}, r"best.pt was trained with single_cls=False and .*single.pt with single_cls=True"),
+        ({"model": [first, classifier]}, r"with task=detect and .*classifier.pt with task=classify"),
         ({"model": [first, first]}, r"best.pt is given twice"),
         ({"model": f"{first},"}, r"names no checkpoint"),
         ({"model": first, "scope": "head"}, r"'scope=head' is invalid: scope must be one of all, before, final"),
@@ -177,13 +181,26 @@ def test_what_does_not_fit_is_refused_before_the_first_image(pair, checkpoint, t
         ({"model": first, "fraction": 1.5}, r"'fraction=1.5' is invalid"),
         ({"model": first, "stderr": 0}, r"'stderr=0' is invalid"),
         ({"model": first, "landscape": 3}, r"'landscape=3' is invalid"),
-        ({"model": first, "weighting": "some"}, r"'some' is unknown"),
+        ({"model": first, "weighting": "some"}, r"'weighting=some' is invalid"),
     ]:
         with pytest.raises(ValueError, match=says):
             Comparison(**options, device="cpu", project=str(tmp_path / "no"))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
         Comparison(tmp_path / "nowhere.pt")
     assert not (tmp_path / "no").exists()
+
+
+def test_the_command(pair, tmp_path, capsys):
+    from yolo_sos import cli
+
+    first, _ = pair
+    cli.main(
+        [
+            *("analyze", f"model={first}", "probes=2", "images=1", "fraction=0.2", "scope=final", "landscape=false"),
+            *("device=cpu", f"project={tmp_path}", "name=command"),
+        ]
+    )
+    assert json.loads((tmp_path / "command/analysis.json").read_text())["config"]["scope"] == "final"
     for command, says in [
         (["analyze"], "analyze needs checkpoints"),
         (["analyze", "probe=3"], "Did you mean 'probes'?"),
@@ -234,7 +251,7 @@ def write_run(folder, shift, epochs=6, every=2):
 def test_curves_of_two_runs(tmp_path):
     write_run(tmp_path / "plain", 1.0)
     write_run(tmp_path / "sos", 2.0)
-    cli.main(["analyze", f"runs={tmp_path / 'plain'},{tmp_path / 'sos'}", f"project={tmp_path}", "name=curves"])
+    Curves(f"{tmp_path / 'plain'},{tmp_path / 'sos'}", project=str(tmp_path), name="curves").run()
     found = json.loads((tmp_path / "curves/analysis.json").read_text())
     assert [r["name"] for r in found["runs"]] == ["plain", "sos"]
     assert [p["epoch"] for p in found["runs"][1]["curve"]] == [2, 4, 6]
@@ -243,11 +260,18 @@ def test_curves_of_two_runs(tmp_path):
     assert "sos: from epoch 2 to 6 the trace went from 1.000" in html and html.count("<img") == 1
     (tmp_path / "stock").mkdir()
     (tmp_path / "stock/results.csv").write_text("epoch,time\n1,2\n")
-    with pytest.raises(ValueError, match=r"stock was not analyzed while it trained"):
+    with pytest.raises(ValueError, match=r"stock.results\.csv: the run was not analyzed while it trained"):
         Curves([tmp_path / "stock"])
     write_run(tmp_path / "short", 1.0, epochs=1)
-    with pytest.raises(ValueError, match=r"short holds no measurement yet"):
+    with pytest.raises(ValueError, match=r"short has no measurement"):
         Curves(tmp_path / "short")
+    with pytest.raises(ValueError, match=r"plain is given twice"):
+        Curves([tmp_path / "plain", tmp_path / "plain"])
+    (tmp_path / "broken").mkdir()
+    lines = (tmp_path / "plain/results.csv").read_text().splitlines()
+    (tmp_path / "broken/results.csv").write_text("\n".join([*lines, "7,1,oops"]))
+    with pytest.raises(ValueError, match=r"broken.results\.csv: a line holds something else than numbers"):
+        Curves(tmp_path / "broken")
 
 
 def test_numbers_for_tables_and_json():

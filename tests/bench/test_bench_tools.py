@@ -12,7 +12,7 @@ import pytest
 import torch
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_sos.heads import final_layers
+from yolo_sos.yolo.heads import final_layers
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 pytestmark = pytest.mark.skipif(not TOOLS.is_dir(), reason="no checkout")
@@ -57,7 +57,7 @@ def test_the_heads_are_those_of_the_models(tool):
 
 def test_every_contender_solves_the_same_problem(tool):
     measured = tool("bench_solver").measure(d=12, out=3, n=6, repeats=1, device=torch.device("cpu"))
-    for name in "svd", "qr", "gauss", "pinv", "lstsq", "naive":
+    for name in "svd", "gauss", "pinv", "lstsq", "naive":
         assert measured[name]["error"] < 1e-8
         assert measured[name]["norm"] == pytest.approx(1, abs=1e-8)
     assert measured["principal"]["norm"] < 1.5
@@ -65,7 +65,7 @@ def test_every_contender_solves_the_same_problem(tool):
 
 def test_what_is_hard_breaks_nothing_of_ours(tool):
     for errors in tool("bench_solver").hard(d=40, out=3).values():
-        assert all(float(errors[name]) < 1e-12 for name in ("svd", "qr", "gauss"))
+        assert all(float(errors[name]) < 1e-12 for name in ("svd", "gauss"))
 
 
 def test_the_share_of_shifts(tool):

@@ -15,11 +15,8 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_sos import SOSDetectionTrainer
-from yolo_sos.core import InputCapture, Method
-from yolo_sos.core import shift as shift_module
-from yolo_sos.core import weighting as weighting_module
-from yolo_sos.heads import final_layers
-from yolo_sos.train.sampling import ShiftSample
+from yolo_sos.core import HeldOut, InputCapture, Moments, engine, solvers
+from yolo_sos.yolo.heads import final_layers
 
 IMAGES, HELD, BATCH, IMGSZ, MODELS = 8, 4, 8, 64, 2
 
@@ -62,6 +59,11 @@ def count(monkeypatch):
     return count
 
 
+def shift(trainer):
+    """Shift both models as at the end of an epoch; returns the reports."""
+    return trainer._shift_everywhere({"ema": trainer.ema.ema, "model": unwrap_model(trainer.model)})
+
+
 def test_a_shift_reads_each_image_once_and_runs_each_model_once_over_it(make, count, monkeypatch):
     trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=1.0)
     models = (trainer.ema.ema, unwrap_model(trainer.model))
@@ -72,10 +74,10 @@ def test_a_shift_reads_each_image_once_and_runs_each_model_once_over_it(make, co
     ]
     count(YOLODataset, "get_image_and_label")
     count(YOLODataset, "__getitem__")
-    count(Method, "solve")
-    count(shift_module, "principal_shift")
-    count(shift_module.HeldOut, "loss")
-    reports = trainer._shift()
+    count(engine, "solve")
+    count(solvers, "principal_shift")
+    count(HeldOut, "loss")
+    reports = shift(trainer)
     for handle in handles:
         handle.remove()
     assert sorted(reports) == ["ema", "model"]
@@ -90,8 +92,7 @@ def test_a_pass_captures_the_inputs_of_the_final_layers_and_nothing_else(make):
     trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=1.0)
     model = trainer.ema.ema.eval()
     layers = final_layers(model)
-    source = trainer._source
-    batch = next(ShiftSample(trainer, source.view, IMAGES, True, 0).batches("fit"))
+    batch = next(trainer.sample_images({"fit": IMAGES}, 0).batches("fit"))
     with InputCapture(layers) as capture:
         model(batch["img"])
         inputs = capture.take()
@@ -102,41 +103,41 @@ def test_a_pass_captures_the_inputs_of_the_final_layers_and_nothing_else(make):
     assert sum(x.numel() * x.element_size() for x in inputs.values()) == 4 * IMAGES * per_image
 
 
-def test_one_product_per_layer_collects_all_groups(make, count):
+def test_one_product_per_layer_accumulates_all_groups(make, count):
     trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=1.0)
-    count(weighting_module.Gram, "update")
-    trainer._shift()
+    count(Moments, "update")
+    shift(trainer)
     layers = len(final_layers(trainer.ema.ema))
     assert count.calls["update"] == layers * MODELS  # not times classes and background
 
 
 @pytest.mark.parametrize("method", ["principal", "rows"])
-def test_what_was_collected_is_let_go_before_images_are_held_out(make, monkeypatch, method):
-    collected, checks = [], []
-    accumulator, add = Method.accumulator, shift_module.HeldOut.add
+def test_what_was_accumulated_is_released_before_images_are_held_out(make, monkeypatch, method):
+    accumulated, checks = [], []
+    accumulator, add = engine._accumulator, HeldOut.add
 
-    def remembered(self, *args):
-        made = accumulator(self, *args)
-        collected.append(weakref.ref(made))
+    def remembered(*args):
+        made = accumulator(*args)
+        accumulated.append(weakref.ref(made))
         return made
 
     def checked(self, *args):
-        checks.append([ref() for ref in collected])
+        checks.append([ref() for ref in accumulated])
         add(self, *args)
 
-    monkeypatch.setattr(Method, "accumulator", remembered)
-    monkeypatch.setattr(shift_module.HeldOut, "add", checked)
+    monkeypatch.setattr(engine, "_accumulator", remembered)
+    monkeypatch.setattr(HeldOut, "add", checked)
     trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_method=method, sos_guard=1.0)
-    trainer._shift()
+    shift(trainer)
     layers = len(final_layers(trainer.ema.ema))
     assert checks == [[None] * layers, [None] * layers * MODELS]
 
 
 def test_the_guard_holds_the_inputs_of_final_layers_and_the_labels_but_neither_images_nor_features(make, monkeypatch):
-    held, loss = [], shift_module.HeldOut.loss
+    held, loss = [], HeldOut.loss
 
     def seen(self, weights):
-        for batch, rest, inputs in self.batches:
+        for batch, rest, inputs in self._batches:
             tensors = [*batch.values(), *rest["feats"], *inputs.values()]
             held.append({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if is_tensor(x)})
             assert set(rest) == {"feats"}
@@ -144,23 +145,23 @@ def test_the_guard_holds_the_inputs_of_final_layers_and_the_labels_but_neither_i
             assert expected < sum(held[-1].values()) < 1.01 * expected
         return loss(self, weights)
 
-    monkeypatch.setattr(shift_module.HeldOut, "loss", seen)
-    make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=1.0)._shift()
+    monkeypatch.setattr(HeldOut, "loss", seen)
+    shift(make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=1.0))
     assert len(held) == MODELS
 
 
-def test_rows_beyond_what_is_held_go_into_no_product(make, monkeypatch):
-    held, multiplied = 30_000, []
-    monkeypatch.setattr(weighting_module, "HELD", held)
-    update = weighting_module.Gram.update
+def test_rows_that_are_not_in_the_sample_go_into_no_product(make, monkeypatch):
+    held, multiplied = 30_000, []  # bytes
+    monkeypatch.setattr(engine, "CAPACITY", held)
+    update = Moments.update
 
     def counted(self, features, weights=None):
         multiplied.append(features.numel() * features.element_size())
         return update(self, features, weights)
 
-    monkeypatch.setattr(weighting_module.Gram, "update", counted)
+    monkeypatch.setattr(Moments, "update", counted)
     trainer = make(SOSDetectionTrainer, sos=True, sos_images=24, sos_guard=1.0)
-    trainer._shift()
+    shift(trainer)
     layers = len(final_layers(trainer.ema.ema))
     assert 0 < sum(multiplied) <= held * layers * MODELS
 
@@ -168,10 +169,10 @@ def test_rows_beyond_what_is_held_go_into_no_product(make, monkeypatch):
 def test_the_guard_stops_at_the_first_step_that_passes(make, count, monkeypatch):
     trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=0.0)
     for loss, tried in ((0.0, 1), (math.inf, 3)):  # t = 1; t = 1, ½, ¼, and no more than that, however bad
-        monkeypatch.setattr(shift_module.HeldOut, "loss", lambda self, weights, loss=loss: loss)
+        monkeypatch.setattr(HeldOut, "loss", lambda self, weights, loss=loss: loss)
         count.calls.clear()
-        count(shift_module.HeldOut, "loss")
-        reports = trainer._shift()
+        count(HeldOut, "loss")
+        reports = shift(trainer)
         assert count.calls["loss"] == tried * MODELS
         assert {report.step for report in reports.values()} == {1.0 if tried == 1 else 0.0}
 
@@ -189,16 +190,16 @@ def test_sos_scans_no_data_set_again_and_makes_no_second_loader(make, count):
         count.calls.clear()
         trainer = make(kind, **settings)
         if name == "on":
-            trainer._shift()
+            shift(trainer)
         made[name] = dict(count.calls)
     assert made["stock"]["get_labels"] == made["stock"]["__init__"] == 2  # train and val
     assert made["off"] == made["on"] == made["stock"]
 
 
 def test_sos_that_is_off_prepares_nothing(make, count):
-    count(SOSDetectionTrainer, "shift_source")
-    count(SOSDetectionTrainer, "_shift")
+    for name in "sample_images", "plain_images", "_shift_everywhere":
+        count(SOSDetectionTrainer, name)
     trainer = make(SOSDetectionTrainer)
     trainer.run_callbacks("on_train_epoch_end")
     assert not count.calls
-    assert not hasattr(trainer, "_source")
+    assert not hasattr(trainer, "_shift_log")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_sos.core import FinalLayer, InputCapture, input_rows, weight_matrix
+from yolo_sos.core import FinalLayer, InputCapture, input_rows, last_layer, select_layers, weight_matrix
 from yolo_sos.core.layers import check_linear, output_rows, write_weight
 
 # name: layer, shape of its input, rows of its input matrix
@@ -119,6 +119,8 @@ class Custom(nn.Module):
         (nn.Embedding(5, 3), TypeError, "Embedding"),
         (nn.Sequential(nn.Linear(5, 3)), TypeError, "Sequential"),
         (Custom(), TypeError, "Custom"),
+        (nn.Linear(5, 3).to(torch.complex64), TypeError, "torch.complex64"),
+        (type("Adapted", (nn.Linear,), {"forward": lambda self, x: 2 * x})(5, 3), TypeError, "Adapted"),
         # What is written to these weights would be lost, without a word.
         (nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)), ValueError, "weight"),
         (nn.utils.parametrizations.spectral_norm(nn.Conv2d(5, 3, 1)), ValueError, "weight"),
@@ -135,7 +137,7 @@ def test_a_layer_without_a_classifier_is_its_own():
     module = nn.Linear(5, 3)
     assert FinalLayer("fc", module).classifier == "fc"
     assert FinalLayer("fc", module, classifier="other").classifier == "other"
-    assert (FinalLayer("fc", module).kind, FinalLayer("fc", module).scale) == ("linear", 0)
+    assert (FinalLayer("fc", module).kind, FinalLayer("fc", module).level) == ("linear", 0)
 
 
 # Capture --------------------------------------------------------------------------------------------------------------
@@ -200,24 +202,30 @@ def test_inputs_by_keyword_are_seen():
     assert not any(layer.module._forward_pre_hooks for layer in layers)
 
 
-def test_take_forgets_and_the_latest_call_counts():
+def test_take_releases_what_it_returns():
     model, layers, x = branches()
     with InputCapture(layers) as capture:
         model(x)
+        capture.clear()
         model(x + 1)
         assert torch.equal(capture.take()["a"], model.seen)
-        assert capture.inputs == {}
-        with pytest.raises(RuntimeError, match="did not reach a, b, fc"):
+        with pytest.raises(RuntimeError, match="Layer 'a' ran 0 times"):
             capture.take()
-        model(x)
-        capture.clear()
-        assert capture.inputs == {}
 
 
-def test_a_layer_that_does_not_run_is_named():
+def test_a_layer_that_does_not_run_once_is_named():
     model, layers, x = branches()
     model.skip = True
-    with pytest.raises(RuntimeError, match="did not reach fc: "), InputCapture(layers) as capture:
+    with pytest.raises(RuntimeError, match=r"Layer 'fc' ran 0 times .*torch\.compile"), InputCapture(layers) as capture:
+        model(x)
+        capture.take()
+    assert hooks(model) == 0
+    model.skip = False
+    with (
+        pytest.raises(RuntimeError, match=r"Layer 'a' ran 2 times .*cannot be told apart"),
+        InputCapture(layers) as capture,
+    ):
+        model(x)
         model(x)
         capture.take()
     assert hooks(model) == 0
@@ -232,7 +240,6 @@ def test_hooks_are_gone_after_the_block():
             assert hooks(model) == 3
             model(x)
         assert hooks(model) == 0
-        assert capture.inputs == {}
 
 
 @pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
@@ -244,7 +251,7 @@ def test_hooks_are_gone_after_an_exception(error):
         model(x)
         raise error
     assert hooks(model) == 0
-    assert capture.inputs == {}
+    assert capture._inputs == {}
 
 
 def test_hooks_of_others_stay():
@@ -256,3 +263,124 @@ def test_hooks_of_others_stay():
     model(x)
     assert len(calls) == 2
     assert hooks(model) == 1
+
+
+# Which layers ---------------------------------------------------------------------------------------------------------
+def names(layers):
+    return [layer.name for layer in layers]
+
+
+def test_layers_are_selected_by_module_name_and_glob():
+    model, own, _ = branches()
+    for layers, expected in (
+        ("a", ["a"]),
+        (model.a, ["a"]),
+        (own[0], ["a"]),
+        ("[ab]", ["a", "b"]),
+        ("*", ["stem", "a", "b", "fc"]),  # refused below, for the stem is a 3×3 convolution
+        (["fc", model.a, own[1]], ["fc", "a", "b"]),
+        (["a", "[ab]", model.a], ["a", "b"]),  # each once
+    ):
+        if layers == "*":
+            with pytest.raises(ValueError, match=r"^stem has kernel_size=\(3, 3\)"):
+                select_layers(model, layers)
+            continue
+        found = select_layers(model, layers)
+        assert names(found) == expected
+        assert all(layer.module is getattr(model, layer.name) for layer in found)
+
+
+def test_a_given_layer_keeps_its_kind():
+    model, *_ = branches()
+    layer = FinalLayer("a", model.a, "box", 2, classifier="b")
+    assert select_layers(model, [layer]) == [layer]
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        (
+            "c",
+            ValueError,
+            r"layers='c' names no nn.Linear or nn.Conv2d of this Branches. Its last ones: stem, a, b, fc",
+        ),
+        ("head.*", ValueError, r"layers='head\.\*' names no"),
+        ([], ValueError, "layers is empty"),
+        (nn.Linear(2, 2), ValueError, r"Linear\(…\) is not a module of this Branches"),
+        ("", TypeError, "Branches; a final layer is an nn.Linear"),  # the model itself
+        (3, TypeError, "layers=3 is invalid"),
+        ([None], TypeError, r"layers=\[None\] is invalid"),
+    ],
+)
+def test_what_cannot_be_selected_is_named(layers, error, message):
+    with pytest.raises(error, match=message):
+        select_layers(branches()[0], layers)
+
+
+class Registered(nn.Module):
+    """Its head is registered first, and it has parameters of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.token = nn.Parameter(torch.zeros(4))
+        self.body = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4))
+
+    def forward(self, x):
+        return self.head(self.body(x) + self.token).relu()
+
+
+def test_the_layer_that_runs_last_is_taken_not_the_one_registered_last():
+    model = Registered()
+    assert last_layer(model, lambda: model(torch.zeros(2, 5))).name == "head"
+    assert hooks(model) == 0
+
+
+def last_of(model, *shape):
+    return lambda: last_layer(model, lambda: model(torch.zeros(shape)))
+
+
+class LoRA(nn.Module):
+    """As PEFT wraps a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer, self.lora_A, self.lora_B = nn.Linear(5, 3), nn.Linear(5, 2), nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "error", "message"),
+    [
+        (nn.Sequential(nn.Linear(5, 5), LoRA()), (2, 5), TypeError, r"'1\.lora_B', part of an adapter, .*layers='…'"),
+        (nn.Sequential(nn.Linear(5, 5), nn.Conv1d(2, 3, 1)), (2, 5), TypeError, r"'1', a torch\.nn.*Conv1d"),
+        (nn.Sequential(nn.Linear(5, 5), nn.Conv2d(2, 3, 3)), (2, 2, 5, 5), ValueError, r"^1 has kernel_size=\(3, 3\)"),
+        (nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)), (2, 5), TypeError, r"'1', a torch\.nn.*BatchNorm1d"),
+        (nn.Sequential(nn.ReLU()), (2, 5), TypeError, "runs no module with weights"),
+        (nn.Sequential(nn.Linear(5, 5), nn.utils.parametrizations.weight_norm(nn.Linear(5, 3, bias=False))), (2, 5),
+         ValueError, "^1 computes its weight from other parameters"),
+    ],
+    ids=["adapter", "Conv1d", "3×3", "norm", "nothing", "weight norm"],
+)  # fmt: skip
+def test_what_runs_last_and_cannot_be_shifted_is_named(model, shape, error, message):
+    with pytest.raises(error, match=message):
+        last_of(model, *shape)()
+    assert hooks(model) == 0
+
+
+def test_a_quantized_head_is_named():
+    if not set(torch.backends.quantized.supported_engines) - {"none"}:
+        pytest.skip("this torch has no quantized engine")
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3))
+    model[2] = torch.ao.quantization.quantize_dynamic(nn.Sequential(model[2]), {nn.Linear}, torch.qint8)[0]
+    with pytest.raises(TypeError, match=r"'2', a torch\.ao\.nn\.quantized\.dynamic.*, which cannot be shifted"):
+        last_of(model, 2, 5)()
+
+
+def test_hooks_are_gone_where_the_model_fails():
+    model = Registered()
+    with pytest.raises(RuntimeError):
+        last_of(model, 2, 7)()
+    assert hooks(model) == 0

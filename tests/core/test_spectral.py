@@ -14,7 +14,7 @@ from yolo_sos.core import (
     NON_FINITE,
     OK,
     RANK_ZERO,
-    Gram,
+    Moments,
     budgeted_shift,
     expected_shift,
     minimum_norm_shift,
@@ -23,10 +23,10 @@ from yolo_sos.core import (
 
 PROPERTY = settings(derandomize=True, max_examples=60, deadline=None, database=None)
 SHIFTS = {
-    "principal": lambda gram, v: principal_shift(gram, v, rank=2),
-    "full": lambda gram, v: principal_shift(gram, v),
-    "expected": lambda gram, v: expected_shift(gram, v, rows=1.7),
-    "budget": lambda gram, v: budgeted_shift(gram, v, budget=0.2),
+    "principal": lambda moments, v: principal_shift(moments, v, rank=2),
+    "full": lambda moments, v: principal_shift(moments, v),
+    "expected": lambda moments, v: expected_shift(moments, v, rows=1.7),
+    "budget": lambda moments, v: budgeted_shift(moments, v, budget=0.2),
 }
 
 
@@ -73,18 +73,18 @@ def spectra(draw):
 @pytest.mark.parametrize("name", SHIFTS)
 def test_the_map_of_the_weight_is_one_matrix_for_any_tensor(name):
     a, v = randn(9, 6), randn(3, 6, seed=1)
-    result = SHIFTS[name](Gram(6).update(a), v)
-    matrix = result.linear(torch.eye(6, dtype=torch.float64))
+    result = SHIFTS[name](Moments(6).update(a), v)
+    matrix = result.apply(torch.eye(6, dtype=torch.float64))
     assert relative(v @ matrix, result.weight) < 1e-12
     other = randn(2, 6, seed=2)
-    assert relative(result.linear(other), other @ matrix) < 1e-12
+    assert relative(result.apply(other), other @ matrix) < 1e-12
     assert float(torch.linalg.eigvalsh(matrix).max()) <= 1 + 1e-12  # nothing grows
 
 
 @pytest.mark.parametrize("name", SHIFTS)
 def test_a_failed_shift_maps_nothing(name):
     other = randn(2, 6)
-    assert torch.equal(SHIFTS[name](Gram(6), randn(3, 6)).linear(other), other)
+    assert torch.equal(SHIFTS[name](Moments(6), randn(3, 6)).apply(other), other)
 
 
 @PROPERTY
@@ -92,10 +92,10 @@ def test_a_failed_shift_maps_nothing(name):
 def test_expected_reaches_the_effective_rank_asked_for(drawn, fraction):
     a, _ = drawn
     d = a.shape[1]
-    gram, identity = Gram(d).update(a), torch.eye(d, dtype=torch.float64)
-    attainable = principal_shift(gram, identity).rank
+    moments, identity = Moments(d).update(a), torch.eye(d, dtype=torch.float64)
+    attainable = principal_shift(moments, identity).rank
     assert attainable == d
-    result = expected_shift(gram, identity, rows=fraction * attainable)
+    result = expected_shift(moments, identity, rows=fraction * attainable)
     assert result.rank == pytest.approx(fraction * attainable, abs=1e-6)
     # The shift of the identity is the filter itself, U diag(f) Uᵀ: its trace is Σf.
     assert float(result.weight.trace()) == pytest.approx(fraction * attainable, abs=1e-6)
@@ -108,7 +108,7 @@ def test_expected_reaches_the_effective_rank_asked_for(drawn, fraction):
 @given(spectra(), st.floats(1e-6, 0.999999))
 def test_budget_reaches_the_deviation_asked_for(drawn, budget):
     a, v = drawn
-    result = budgeted_shift(Gram(a.shape[1]).update(a), v, budget=budget)
+    result = budgeted_shift(Moments(a.shape[1]).update(a), v, budget=budget)
     assert result.status == OK
     assert result.deviation == pytest.approx(budget, abs=1e-6)
     assert dense_deviation(a, torch.ones(len(a)), v, result.weight) == pytest.approx(budget, abs=1e-6)
@@ -124,7 +124,7 @@ def test_principal_against_numpy(n, d, seed, data):
     _, s, vt = np.linalg.svd((w.sqrt()[:, None] * a).numpy(), full_matrices=False)
     assume(s[rank - 1] > 1e-5 * s[0])
     assume(rank == len(s) or s[rank - 1] - s[rank] > 1e-3 * s[0])  # the subspace is well defined
-    result = principal_shift(Gram(d).update(a, w), v, rank=rank)
+    result = principal_shift(Moments(d).update(a, w), v, rank=rank)
     assert result.rank == rank
     expected = v.numpy() @ vt[:rank].T @ vt[:rank]
     assert np.linalg.norm(result.weight.numpy() - expected) < 1e-8 * np.linalg.norm(v)
@@ -134,7 +134,7 @@ def test_principal_against_numpy(n, d, seed, data):
 def test_principal_holds_more_of_the_rows_than_any_other_subspace():
     a, v = randn(20, 6), torch.eye(6, dtype=torch.float64)
     g = a.T @ a
-    projector = principal_shift(Gram(6).update(a), v, rank=3).weight
+    projector = principal_shift(Moments(6).update(a), v, rank=3).weight
     held = float((projector @ g).trace())
     for seed in range(50):
         q = torch.linalg.qr(randn(6, 3, seed=seed)).Q
@@ -145,7 +145,7 @@ def test_principal_holds_more_of_the_rows_than_any_other_subspace():
 @pytest.mark.parametrize("rows", [0.01, 0.5, 1, 2.5, 4, 4.99])
 def test_expected_against_a_linear_solve(rows):
     a, v, w = randn(12, 5), randn(3, 5, seed=1), randn(12, seed=2).abs()
-    result = expected_shift(Gram(5).update(a, w), v, rows=rows)
+    result = expected_shift(Moments(5).update(a, w), v, rows=rows)
     expected = ridge(a, v, w, lambda _, g, mu: np.trace(np.linalg.solve(g + mu * np.eye(5), g)) - rows)
     assert relative(result.weight, expected) < 1e-8
     assert result.deviation == pytest.approx(dense_deviation(a, w, v, torch.from_numpy(expected)), rel=1e-7)
@@ -154,7 +154,7 @@ def test_expected_against_a_linear_solve(rows):
 @pytest.mark.parametrize("budget", [1e-4, 0.01, 0.1, 0.5, 0.9])
 def test_budget_against_a_linear_solve(budget):
     a, v, w = randn(12, 5), randn(3, 5, seed=1), randn(12, seed=2).abs()
-    result = budgeted_shift(Gram(5).update(a, w), v, budget=budget)
+    result = budgeted_shift(Moments(5).update(a, w), v, budget=budget)
     tensor = torch.from_numpy
     expected = ridge(a, v, w, lambda shifted, g, mu: dense_deviation(a, w, v, tensor(shifted)) - budget)
     assert relative(result.weight, expected) < 1e-8
@@ -167,14 +167,14 @@ def test_no_budget_is_the_full_shift_is_the_minimum_norm_shift_of_the_rows(n, d,
     left, right = torch.linalg.qr(randn(n, rank, seed=seed)).Q, torch.linalg.qr(randn(d, rank, seed=seed + 1)).Q
     a = (left * torch.linspace(1, 5, rank, dtype=torch.float64)) @ right.T
     v = randn(3, d, seed=seed + 2)
-    gram = Gram(d).update(a)
+    moments = Moments(d).update(a)
     exact = minimum_norm_shift(a, v)
     shifts = {
-        "principal": principal_shift(gram, v),
-        "principal of rank d": principal_shift(gram, v, rank=d),
-        "budget 0": budgeted_shift(gram, v, budget=0.0),
-        "expected d": expected_shift(gram, v, rows=d),
-        "expected of the numerical rank": expected_shift(gram, v, rows=rank),
+        "principal": principal_shift(moments, v),
+        "principal of rank d": principal_shift(moments, v, rank=d),
+        "budget 0": budgeted_shift(moments, v, budget=0.0),
+        "expected d": expected_shift(moments, v, rows=d),
+        "expected of the numerical rank": expected_shift(moments, v, rows=rank),
     }
     for name, result in shifts.items():
         assert result.rank == exact.rank == rank, name
@@ -189,7 +189,7 @@ def test_budget_satisfies_the_conditions_of_optimality():
     a, v, w = randn(15, 6), randn(4, 6, seed=1), randn(15, seed=2).abs()
     g = a.T @ (w[:, None] * a)
     for budget in (0.001, 0.03, 0.3, 0.8):
-        new = budgeted_shift(Gram(6).update(a, w), v, budget=budget).weight
+        new = budgeted_shift(Moments(6).update(a, w), v, budget=budget).weight
         pull = (v - new) @ g
         mu = float((pull * new).sum() / new.square().sum())
         assert mu > 0
@@ -198,7 +198,7 @@ def test_budget_satisfies_the_conditions_of_optimality():
 
 def test_no_other_weight_with_the_same_deviation_is_smaller():
     a, v = randn(15, 6), randn(4, 6, seed=1)
-    best = budgeted_shift(Gram(6).update(a), v, budget=0.1)
+    best = budgeted_shift(Moments(6).update(a), v, budget=0.1)
     size = float((a @ v.T).norm())
     tightest = np.inf
     for seed in range(200):
@@ -221,7 +221,7 @@ def test_budget_against_a_constrained_optimiser():
         method="SLSQP",
         options={"ftol": 1e-14, "maxiter": 500},
     )
-    result = budgeted_shift(Gram(3).update(torch.from_numpy(a)), torch.from_numpy(v), budget=0.15)
+    result = budgeted_shift(Moments(3).update(torch.from_numpy(a)), torch.from_numpy(v), budget=0.15)
     assert found.success
     assert relative(result.weight, found.x.reshape(2, 3)) < 1e-5
     assert result.norm_after**2 == pytest.approx(found.fun, rel=1e-8)
@@ -247,7 +247,7 @@ def test_expected_is_the_expectation_over_all_subsets_of_seven_rows(d, mu):
     closed = g @ np.linalg.inv(g + mu * np.eye(d))
     np.testing.assert_allclose(projector, closed, rtol=0, atol=1e-12)
     assert number == pytest.approx(np.trace(closed), abs=1e-12)
-    result = expected_shift(Gram(d).update(a), v, rows=number)
+    result = expected_shift(Moments(d).update(a), v, rows=number)
     assert result.rank == pytest.approx(number, abs=1e-9)
     assert relative(result.weight, v.numpy() @ projector) < 1e-9
 
@@ -257,8 +257,8 @@ def test_expected_is_the_expectation_over_all_subsets_of_seven_rows(d, mu):
 @given(st.integers(0, 2**31), st.integers(-480, 480))
 def test_the_scale_of_the_moment_does_not_matter(shift, seed, exponent):
     a, v = randn(9, 5, seed=seed), randn(3, 5, seed=seed + 1)
-    gram, scaled = Gram(5).update(a), Gram(5).update(a, torch.full((9,), 2.0**exponent, dtype=torch.float64))
-    plain, other = shift(gram, v), shift(scaled, v)
+    moments, scaled = Moments(5).update(a), Moments(5).update(a, torch.full((9,), 2.0**exponent, dtype=torch.float64))
+    plain, other = shift(moments, v), shift(scaled, v)
     assert torch.equal(other.weight, plain.weight)  # a power of two rounds nothing
     assert other.rank == plain.rank
     assert other.deviation == plain.deviation
@@ -267,10 +267,10 @@ def test_the_scale_of_the_moment_does_not_matter(shift, seed, exponent):
 @pytest.mark.parametrize("shift", SHIFTS.values(), ids=SHIFTS)
 def test_the_scale_of_the_weight_goes_through(shift):
     a, v = randn(9, 5), randn(3, 5, seed=1)
-    gram = Gram(5).update(a)
-    plain = shift(gram, v)
+    moments = Moments(5).update(a)
+    plain = shift(moments, v)
     for scale in (2.0**-40, 2.0**40):
-        scaled = shift(gram, v * scale)
+        scaled = shift(moments, v * scale)
         assert relative(scaled.weight, plain.weight * scale) < 1e-12
         assert scaled.deviation == pytest.approx(plain.deviation, rel=1e-9, abs=1e-15)
 
@@ -281,7 +281,7 @@ def test_what_is_reported_is_what_was_returned(shift, deficient):
     a, v, w = randn(12, 6), randn(3, 6, seed=1), randn(12, seed=2).abs()
     if deficient:
         a = a @ torch.diag(torch.tensor([1.0, 1, 1, 1, 0, 0], dtype=torch.float64)) @ torch.linalg.qr(randn(6, 6)).Q
-    result = shift(Gram(6).update(a, w), v)
+    result = shift(Moments(6).update(a, w), v)
     assert result.norm_before == pytest.approx(np.linalg.norm(v.numpy()), rel=1e-12)
     assert result.norm_after == pytest.approx(np.linalg.norm(result.weight.numpy()), rel=1e-12)
     assert result.deviation == pytest.approx(dense_deviation(a, w, v, result.weight), abs=1e-12)
@@ -291,9 +291,9 @@ def test_what_is_reported_is_what_was_returned(shift, deficient):
 @pytest.mark.parametrize("shift", SHIFTS.values(), ids=SHIFTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_any_dtype_is_solved_in_float64_and_comes_back_as_the_weight_was(shift, dtype):
-    gram, v = Gram(5).update(randn(9, 5)), randn(3, 5, seed=1).to(dtype)
+    moments, v = Moments(5).update(randn(9, 5)), randn(3, 5, seed=1).to(dtype)
     before = v.clone()
-    result, exact = shift(gram, v), shift(gram, v.double())
+    result, exact = shift(moments, v), shift(moments, v.double())
     assert result.weight.dtype == dtype
     assert relative(result.weight.double(), exact.weight) < max(torch.finfo(dtype).eps, 1e-12)
     assert (result.norm_after, result.deviation, result.rank) == (exact.norm_after, exact.deviation, exact.rank)
@@ -303,8 +303,8 @@ def test_any_dtype_is_solved_in_float64_and_comes_back_as_the_weight_was(shift, 
 @pytest.mark.parametrize("shift", SHIFTS.values(), ids=SHIFTS)
 def test_a_moment_of_zero_changes_nothing(shift):
     weight = randn(3, 5)
-    for gram in (Gram(5), Gram(5).update(torch.zeros(4, 5)), Gram(5).update(randn(4, 5), torch.zeros(4))):
-        result = shift(gram, weight)
+    for moments in (Moments(5), Moments(5).update(torch.zeros(4, 5)), Moments(5).update(randn(4, 5), torch.zeros(4))):
+        result = shift(moments, weight)
         assert result.status == RANK_ZERO
         assert result.weight is weight
         assert (result.rank, result.deviation) == (0.0, 0.0)
@@ -316,27 +316,31 @@ def test_what_is_not_finite_changes_nothing(shift, value):
     good, bad = randn(4, 5), randn(4, 5)
     bad[2, 1] = value
     for features, weight in ((bad, randn(3, 5)), (good, bad)):
-        result = shift(Gram(5).update(features), weight)
+        result = shift(Moments(5).update(features), weight)
         assert result.status == NON_FINITE
         assert result.weight is weight
         assert (result.rank, result.deviation) == (0.0, 0.0)
-    assert shift(Gram(5), torch.full((3, 5), float("nan"))).status == NON_FINITE  # rather than rank-zero
+    assert shift(Moments(5), torch.full((3, 5), float("nan"))).status == NON_FINITE  # rather than rank-zero
 
 
 @pytest.mark.parametrize("shift", SHIFTS.values(), ids=SHIFTS)
 def test_a_weight_without_outputs_goes_to_zero(shift):
-    gram = Gram(4).update(torch.tensor([[1.0, 0, 0, 0], [0, 2.0, 0, 0]]))
-    result = shift(gram, torch.tensor([[0.0, 0.0, 3.0, 4.0]], dtype=torch.float64))  # in the null space
+    moments = Moments(4).update(torch.tensor([[1.0, 0, 0, 0], [0, 2.0, 0, 0]]))
+    result = shift(moments, torch.tensor([[0.0, 0.0, 3.0, 4.0]], dtype=torch.float64))  # in the null space
     assert result.status == OK
     assert (result.norm_before, result.norm_after, result.deviation) == (5.0, 0.0, 0.0)
     assert result.rank == pytest.approx(1.7 if shift is SHIFTS["expected"] else 2)
 
 
 def test_more_than_the_rank_is_the_full_shift():
-    gram, v = Gram(6).update(randn(3, 6)), randn(2, 6, seed=1)
-    full = principal_shift(gram, v)
+    moments, v = Moments(6).update(randn(3, 6)), randn(2, 6, seed=1)
+    full = principal_shift(moments, v)
     assert full.rank == 3
-    for more in (principal_shift(gram, v, rank=4), principal_shift(gram, v, rank=6), expected_shift(gram, v, rows=99)):
+    for more in (
+        principal_shift(moments, v, rank=4),
+        principal_shift(moments, v, rank=6),
+        expected_shift(moments, v, rows=99),
+    ):
         assert torch.equal(more.weight, full.weight)
         assert more.rank == 3
 
@@ -352,18 +356,22 @@ def test_more_than_the_rank_is_the_full_shift():
         (expected_shift, {"rows": -2.0}, r"rows=-2\.0 must be"),
         (expected_shift, {"rows": float("nan")}, "rows=nan must be"),
         (expected_shift, {"rows": float("inf")}, "rows=inf must be"),
-        (budgeted_shift, {"budget": -0.1}, r"budget=-0\.1 must be at least 0 and less than 1"),
-        (budgeted_shift, {"budget": 1.0}, r"budget=1\.0 must be"),
-        (budgeted_shift, {"budget": float("nan")}, "budget=nan must be"),
+        (
+            budgeted_shift,
+            {"budget": -0.1},
+            r"'budget=-0\.1' is invalid: budget must be a number of at least 0 and less than 1",
+        ),
+        (budgeted_shift, {"budget": 1.0}, r"'budget=1\.0' is invalid"),
+        (budgeted_shift, {"budget": float("nan")}, "'budget=nan' is invalid"),
     ],
 )
 def test_errors_name_the_argument(shift, options, message):
     with pytest.raises(ValueError, match=message):
-        shift(Gram(5).update(randn(4, 5)), randn(3, 5), **options)
+        shift(Moments(5).update(randn(4, 5)), randn(3, 5), **options)
 
 
 @pytest.mark.parametrize("shift", SHIFTS.values(), ids=SHIFTS)
 @pytest.mark.parametrize("shape", [(3, 4), (5,), (3, 5, 1, 1)])
 def test_sizes_that_do_not_fit(shift, shape):
-    with pytest.raises(ValueError, match=r"does not fit a Gram of d=5: expected \(out, 5\)"):
-        shift(Gram(5).update(randn(4, 5)), torch.ones(shape))
+    with pytest.raises(ValueError, match=r"does not fit Moments of d=5: expected \(out, d\)"):
+        shift(Moments(5).update(randn(4, 5)), torch.ones(shape))

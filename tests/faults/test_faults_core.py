@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_sos.core import FinalLayer, Method, shift_layers
+from yolo_sos.core import SOS, FinalLayer, Method
 
 
 class TwoLevels(nn.Module):
@@ -26,7 +26,9 @@ class TwoLevels(nn.Module):
 class Plain:
     """A task without labels and loss."""
 
-    def forward(self, model, batch):
+    layers = ()
+
+    def run(self, model, batch):
         return model(batch)
 
     def probabilities(self, layer, logits, batch):
@@ -42,7 +44,7 @@ def test_an_empty_level(method):
         before = {k: v.clone() for k, v in model.state_dict().items()}
         layers = [FinalLayer(name, getattr(model, name), "cls", i) for i, name in enumerate(("first", "second"))]
         batch = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
-        report = shift_layers(model, layers, [batch], Plain(), method=method, guard=None)
+        report = SOS(model, layers, method=method, task=Plain()).shift([batch])
         same = all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         shifted[rows] = report.status, same
     assert shifted[32] == ("ok", False)

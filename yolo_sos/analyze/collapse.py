@@ -15,7 +15,7 @@ and V, b the final layer::
 least two features take part; C is their number.
 
 For a **classifier** the features are the inputs of its final linear layer, one per image. For a **detector** they are
-the inputs of a scale's final class layer at those anchor points that the task's own assigner gives to an object, and
+the inputs of a level's final class layer at those anchor points that the task's own assigner gives to an object, and
 the class is that object's; the background is no class. Of a head with two branches, each branch with its own assigner.
 
 Memory is O(C·d + d²): per block of images the count and sum of each class and the second moment of all features, and
@@ -25,7 +25,7 @@ for NC4, which needs the means first, a uniform sample of features of fixed size
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,45 +35,43 @@ from torch import Tensor, nn
 from ultralytics.utils.tal import TaskAlignedAssigner
 
 from yolo_sos.analyze.estimate import Estimate
-from yolo_sos.core import FinalLayer, RowSample, Task, as_float64, input_rows, weight_matrix
-from yolo_sos.core import Moments as SecondMoment
+from yolo_sos.core import FinalLayer, Moments, RowSample, Task, as_float64, input_rows, weight_matrix
 
-BLOCKS = 8  # of images, for the jackknife
+JACKKNIFE = 8  # blocks of images
 DECISIONS = 2048  # features kept for NC4: a standard error of at most 1.1 percentage points
-NAMES = ("nc1", "nc2_norms", "nc2_angles", "nc3", "nc4")
+MEASURES = ("nc1", "nc2_norms", "nc2_angles", "nc3", "nc4")
 
 
 @dataclass
-class Moments:
+class ClassMoments:
     """What NC1 to NC3 need of some features; blocks add up with ``+``.
 
     Attributes:
         counts (Tensor): ``(C,)`` features of each class.
         sums (Tensor): ``(C, d)`` their sums.
-        gram (SecondMoment): Second moment of all features.
+        second (Moments): Second moment of all features.
     """
 
     counts: Tensor
     sums: Tensor
-    gram: SecondMoment
+    second: Moments
 
     @classmethod
-    def empty(cls, classes: int, d: int) -> Moments:
+    def empty(cls, classes: int, d: int) -> ClassMoments:
         """Return the moments of no features."""
-        return cls(
-            torch.zeros(classes, dtype=torch.float64), torch.zeros(classes, d, dtype=torch.float64), SecondMoment(d)
-        )
+        zeros = torch.zeros(classes, d + 1, dtype=torch.float64)
+        return cls(zeros[:, 0], zeros[:, 1:], Moments(d))
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add features ``(n, d)`` of classes ``(n,)``."""
-        a, index = as_float64(features), labels.long()
-        self.counts += torch.bincount(index, minlength=len(self.counts)).cpu()
-        self.sums += torch.zeros(self.sums.shape, dtype=a.dtype, device=a.device).index_add_(0, index, a).cpu()
-        self.gram.update(features)
+        a, index = as_float64(features).cpu(), labels.long().cpu()
+        self.counts += torch.bincount(index, minlength=len(self.counts))
+        self.sums.index_add_(0, index, a)
+        self.second.update(features)
 
-    def __add__(self, other: Moments) -> Moments:
+    def __add__(self, other: ClassMoments) -> ClassMoments:
         """Merge two blocks."""
-        return Moments(self.counts + other.counts, self.sums + other.sums, self.gram + other.gram)
+        return ClassMoments(self.counts + other.counts, self.sums + other.sums, self.second + other.second)
 
     @property
     def present(self) -> Tensor:
@@ -85,22 +83,20 @@ class Moments:
         """Means of the classes present, ``(C, d)``."""
         return self.sums[self.present] / self.counts[self.present, None]
 
+    @property
+    def centred(self) -> Tensor:
+        """The means less their own mean, ``(C, d)``."""
+        return self.means - self.means.mean(0)
 
-def _centred(moments: Moments) -> Tensor:
-    means = moments.means
-    return means - means.mean(0)
 
-
-def nc1(moments: Moments) -> float:
+# Each measure is of moments with at least two classes present.
+def nc1(moments: ClassMoments) -> float:
     """Return ``tr(Σ_W Σ_B⁺) / C``; inf where the class means are all the same."""
-    if len(moments.present) < 2:
-        return math.nan
-    m = _centred(moments)
-    counts, means = moments.counts[moments.present], moments.means
+    m, means, counts = moments.centred, moments.means, moments.counts[moments.present]
     # A class with one feature is in the second moment too: its own deviation from its mean is zero.
-    lone = moments.sums[(moments.counts == 1).nonzero()[:, 0]]
+    lone = moments.sums[moments.counts == 1]
     between = (means * counts[:, None]).T @ means + lone.T @ lone
-    within = (moments.gram.matrix.cpu() - between) / counts.sum()
+    within = (moments.second.matrix.cpu() - between) / counts.sum()
     _, s, basis = torch.linalg.svd(m, full_matrices=False)
     kept = s > len(m) * torch.finfo(torch.float64).eps * s[0]
     kept[len(m) - 1 :] = False  # centred: C means span C − 1 dimensions, whatever rounding says
@@ -111,30 +107,24 @@ def nc1(moments: Moments) -> float:
     return float((variation / s[kept].square()).sum())
 
 
-def nc2_norms(moments: Moments) -> float:
-    """Return the coefficient of variation of the centred means' lengths."""
-    if len(moments.present) < 2:
-        return math.nan
-    lengths = _centred(moments).norm(dim=1)
-    return float(lengths.std(unbiased=False) / lengths.mean()) if lengths.any() else math.nan
+def nc2_norms(moments: ClassMoments) -> float:
+    """Return the coefficient of variation of the centred means' lengths; nan where all means are the same."""
+    lengths = moments.centred.norm(dim=1)
+    return float(lengths.std(unbiased=False) / lengths.mean())
 
 
-def nc2_angles(moments: Moments) -> float:
+def nc2_angles(moments: ClassMoments) -> float:
     """Return the mean distance of the cosines between centred means from −1/(C−1)."""
-    if len(moments.present) < 2:
-        return math.nan
-    directions = nn.functional.normalize(_centred(moments), dim=1)
+    directions = nn.functional.normalize(moments.centred, dim=1)
     c = len(directions)
     cosines = (directions @ directions.T)[~torch.eye(c, dtype=torch.bool)]
     return float((cosines + 1 / (c - 1)).abs().mean())
 
 
-def nc3(moments: Moments, weight: Tensor) -> float:
-    """Return the distance between V ``(C, d)`` and the centred means, each scaled to norm 1."""
-    if len(moments.present) < 2:
-        return math.nan
-    m, v = _centred(moments), as_float64(weight).cpu()[moments.present]
-    return float((v / v.norm() - m / m.norm()).norm()) if m.any() and v.any() else math.nan
+def nc3(moments: ClassMoments, weight: Tensor) -> float:
+    """Return the distance between V ``(C, d)`` and the centred means, each scaled to norm 1; nan where one is zero."""
+    m, v = moments.centred, as_float64(weight).cpu()[moments.present]
+    return float((v / v.norm() - m / m.norm()).norm())
 
 
 class Collapse:
@@ -149,19 +139,34 @@ class Collapse:
         """Start empty."""
         self.layer = layer
         classes, self.d = weight_matrix(layer.module).shape
-        self.blocks = [Moments.empty(classes, self.d) for _ in range(BLOCKS)]
+        self.blocks = [ClassMoments.empty(classes, self.d) for _ in range(JACKKNIFE)]
         self._drawn = RowSample(self.d, 1, DECISIONS, torch.Generator().manual_seed(seed))
         self._updates = 0
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add the features ``(n, d)`` of a batch with their classes ``(n,)``; −1: of no class."""
-        block = self.blocks[self._updates % BLOCKS]
+        block = self.blocks[self._updates % JACKKNIFE]
         self._updates += 1
         chosen = labels >= 0
         features, labels = features[chosen], labels[chosen]
         if len(features):
             block.update(features, labels)
             self._drawn.update(features, torch.zeros(len(features), dtype=torch.long), torch.ones(len(features)))
+
+    @property
+    def features(self) -> int:
+        """Features seen."""
+        return self.total.second.rows
+
+    @property
+    def total(self) -> ClassMoments:
+        """The moments of all blocks."""
+        return sum(self.blocks[1:], self.blocks[0])
+
+    @property
+    def classes(self) -> int:
+        """Classes that take part."""
+        return len(self.total.present)
 
     def measures(self) -> dict[str, Estimate]:
         """Return NC1 to NC4 by name; nan where fewer than two classes have two features.
@@ -170,32 +175,17 @@ class Collapse:
         """
         blocks = [block for block in self.blocks if block.counts.any()] or self.blocks[:1]
         weight = weight_matrix(self.layer.module)
-        measures = {of.__name__: Estimate.jackknife(of, blocks) for of in (nc1, nc2_norms, nc2_angles)}
-        measures["nc3"] = Estimate.jackknife(lambda moments: nc3(moments, weight), blocks)
-        return {**measures, "nc4": self._nc4(weight)}
 
-    @property
-    def features(self) -> int:
-        """Features seen."""
-        return sum(block.gram.rows for block in self.blocks)
+        def measure(of: Callable[[ClassMoments], float]) -> Estimate:
+            return Estimate.jackknife(lambda moments: of(moments) if len(moments.present) > 1 else math.nan, blocks)
 
-    @property
-    def total(self) -> Moments:
-        """The moments of all blocks."""
-        total = self.blocks[0]
-        for block in self.blocks[1:]:
-            total = total + block
-        return total
-
-    @property
-    def classes(self) -> int:
-        """Classes that take part."""
-        return len(self.total.present)
+        found = {of.__name__: measure(of) for of in (nc1, nc2_norms, nc2_angles)}
+        return {**found, "nc3": measure(lambda moments: nc3(moments, weight)), "nc4": self._nc4(weight)}
 
     def _nc4(self, weight: Tensor) -> Estimate:
         total = self.total
         h = as_float64(self._drawn.sample).cpu()
-        if len(total.present) < 2 or not len(h):
+        if len(total.present) < 2:
             return Estimate(math.nan, math.nan, len(h))
         bias = self.layer.module.bias
         logits = h @ as_float64(weight).cpu().T + (0.0 if bias is None else as_float64(bias).cpu())  # type: ignore[arg-type]
@@ -214,7 +204,7 @@ def mean_measures(collapses: Sequence[Collapse]) -> dict[str, float]:
     """Return the mean of each measure over the layers where it is a number; nan where there are none."""
     found = [collapse.measures() for collapse in collapses]
     means = {}
-    for name in NAMES:
+    for name in MEASURES:
         values = [of[name].estimate for of in found if math.isfinite(of[name].estimate)]
         means[name] = sum(values) / len(values) if values else math.nan
     return means
@@ -222,10 +212,10 @@ def mean_measures(collapses: Sequence[Collapse]) -> dict[str, float]:
 
 @contextmanager
 def assignments(criterion: Any) -> Iterator[list[Tensor]]:
-    """Watch a detection criterion's assigners; the hooks are removed on leaving.
+    """Record what a detection criterion's assigners decide; the hooks are removed on leaving.
 
     Args:
-        criterion (Any): Of the host; ``one2many`` and ``one2one`` within it where the head has two branches.
+        criterion (Any): Ultralytics'; ``one2many`` and ``one2one`` within it where the head has two branches.
 
     Yields:
         (list[Tensor]): Grows by one ``(B, anchor points)`` per branch and call of the criterion: the class of the
@@ -248,14 +238,9 @@ def assignments(criterion: Any) -> Iterator[list[Tensor]]:
 
 
 def collect(collapses: Sequence[Collapse], task: Task, output: Any, inputs: dict[str, Tensor], batch: Any) -> None:
-    """Add a batch to the collapse of each class layer.
+    """Add a batch with its ``output`` and the ``inputs`` of its layers to the collapse of each class layer, in order.
 
-    Args:
-        collapses (Sequence[Collapse]): One per class layer, in the order of ``final_layers``.
-        task (Task): The task; a detector's criterion is run to see its assigners decide.
-        output (Any): What the task's ``forward`` returned.
-        inputs (dict[str, Tensor]): Layer name → its input.
-        batch (Any): The batch.
+    A detector's criterion is run for the decisions of its assigners.
     """
     rows = [input_rows(c.layer.module, inputs[c.layer.name]) for c in collapses]
     if collapses[0].layer.kind == "linear":
@@ -265,11 +250,11 @@ def collect(collapses: Sequence[Collapse], task: Task, output: Any, inputs: dict
     with assignments(task.criterion) as seen:  # type: ignore[attr-defined]
         task.loss(output, batch)
     images = task.size(batch)
-    points = [len(r) // images for r in rows]  # of each scale, per image
+    points = [len(r) // images for r in rows]  # of each level, per image
     start = branch = 0
     for collapse, r, n in zip(collapses, rows, points, strict=True):
         if start == seen[branch].shape[1]:
             start, branch = 0, branch + 1
-        # (B, anchor points) → this scale's (B, n) → (B·n,), images outermost as in ``input_rows``.
+        # (B, anchor points) → this level's (B, n) → (B·n,), images outermost as in ``input_rows``.
         collapse.update(r, seen[branch][:, start : start + n].reshape(-1))
         start += n

@@ -4,28 +4,33 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 from ultralytics.utils import LOGGER, TQDM, colorstr
+from ultralytics.utils.torch_utils import select_device
 
 from yolo_sos.analyze.collapse import Collapse, class_layers, collect
 from yolo_sos.analyze.estimate import Estimate
 from yolo_sos.analyze.figures import collapse_figure, landscape_figure, spectrum_figure, trace_figure
-from yolo_sos.analyze.hessian import BLOCKS, Subject, Trace, largest_eigenvalue, traces
+from yolo_sos.analyze.hessian import Subject, Trace, largest_eigenvalue, traces
 from yolo_sos.analyze.landscape import interpolation, loss_at, slices
-from yolo_sos.analyze.material import Material
-from yolo_sos.analyze.report import write_report
-from yolo_sos.analyze.settings import check_integer, save_dir, versions
-from yolo_sos.analyze.spectrum import Inputs
-from yolo_sos.core import InputCapture, Method, evaluation
-from yolo_sos.core.layers import weight_matrix
+from yolo_sos.analyze.options import SCOPES, AnalyzeOptions
+from yolo_sos.analyze.report import labels, save_dir, write_report
+from yolo_sos.analyze.spectrum import layer_spectrum, spectrum_methods
+from yolo_sos.core import Engine, Method, as_float64, weight_matrix
+from yolo_sos.versions import versions
+from yolo_sos.yolo.checkpoint import Checkpoint
+from yolo_sos.yolo.heads import YoloTask
+from yolo_sos.yolo.images import CheckpointData
 from yolo_sos.yolo.memory import with_fewer
 
 PREFIX = colorstr("analyze: ")
+FEATURES = 256  # images whose features are read if fraction is not given: a minute on a laptop
 PASS = 8  # images at a time whose features are read; also a block of the jackknife
 RADIUS, LINE, PLANE = 0.2, 21, 9  # of the landscape
 STEPS = [i / 8 for i in range(-4, 13)]  # t of the interpolation
@@ -34,68 +39,42 @@ STEPS = [i / 8 for i in range(-4, 13)]  # t of the interpolation
 class Comparison:
     """A comparison of checkpoints, checked and ready to ``run``. See ``analyze_checkpoints``."""
 
-    def __init__(
-        self,
-        model: str | Path | Sequence[str | Path],
-        data: str | Path | None = None,
-        *,
-        scope: str = "all",
-        probes: int = 24,
-        stderr: float | None = None,
-        images: int = 8,
-        landscape: bool = True,
-        weighting: str = "balanced",
-        imgsz: int | None = None,
-        batch: int | None = None,
-        fraction: float | None = None,
-        device: str | int | None = None,
-        seed: int = 0,
-        project: str | None = None,
-        name: str | None = None,
-        exist_ok: bool = False,
-    ):
+    def __init__(self, model: str | Path | Sequence[str | Path], data: str | Path | None = None, **options: Any):
         """Check the options, the checkpoints and the data, in this order."""
-        if scope not in BLOCKS:
-            raise ValueError(f"'scope={scope}' is invalid: scope must be one of {', '.join(BLOCKS)}.")
-        least = {"probes": 2, "images": 1, "seed": 0, "imgsz": 32, "batch": 1}
-        for key, count in {"probes": probes, "images": images, "seed": seed, "imgsz": imgsz, "batch": batch}.items():
-            check_integer(key, count, least[key])
-        for key, share in (("stderr", stderr), ("fraction", fraction)):
-            if share is not None and not (isinstance(share, (int, float)) and 0 < share <= 1):
-                raise ValueError(f"'{key}={share}' is invalid: {key} must be a number above 0 and at most 1, or none.")
-        for key, flag in (("landscape", landscape), ("exist_ok", exist_ok)):
-            if not isinstance(flag, bool):
-                raise ValueError(f"'{key}={flag}' is invalid: {key} must be true or false.")
-        self.method = Method("principal", rank=0.5, weighting=weighting)  # the default shift, for the interpolation
-        if isinstance(model, (str, Path)):
-            model = str(model).split(",")
-        paths = [str(path).strip() for path in model]
-        if not all(paths):
+        self.options = o = AnalyzeOptions(**options)
+        given = str(model).split(",") if isinstance(model, (str, Path)) else model
+        paths = [str(path).strip() for path in given]
+        if not paths or not all(paths):
             raise ValueError("'model' names no checkpoint: model=best.pt, or several with commas between them.")
-        self.material = Material(paths, data, imgsz=imgsz, batch=batch, fraction=fraction, device=device, seed=seed)
-        if len(self.material.classes) < 2:
+        checkpoints = [Checkpoint(path) for path in paths]
+        first = checkpoints[0]
+        names = labels([c.path for c in checkpoints])
+        _check_alike(checkpoints)
+        self.device = select_device("" if o.device is None else o.device, verbose=False)
+        data_set = CheckpointData(first, data, imgsz=o.imgsz, batch=o.batch, device=self.device)
+        for checkpoint in checkpoints[1:]:
+            data_set.check_classes(checkpoint)
+        self.classes: dict[int, str] = first.model.names  # type: ignore[assignment]
+        if len(self.classes) < 2:
             LOGGER.warning(
-                f"{PREFIX}{Path(self.material.data).name} has one class: neural collapse is about the means of several "
-                "classes, and is left out."
+                f"{PREFIX}{Path(data_set.args['data']).name} has one class: neural collapse is about the means of "
+                "several classes, and is left out."
             )
-        self.blocks, self.probes, self.stderr, self.seed = BLOCKS[scope], probes, stderr, seed
-        self.images, self.landscape = images, landscape
-        self.folder = save_dir(self.material.task, project, name, exist_ok)
-        self.config = {
-            "model": [Path(p).name for p in paths],
-            "data": Path(self.material.data).name,
-            "task": self.material.task,
-            "scope": scope,
-            "probes": probes,
-            "stderr": stderr,
-            "images": images,
-            "fraction": fraction,
-            "imgsz": self.material.imgsz,
-            "batch": self.material.batch,
-            "weighting": weighting,
-            "landscape": landscape,
-            "seed": seed,
-        }
+        available = len(data_set.dataset)
+        self.images = min(o.images, available)
+        self.features = min(available, FEATURES) if o.fraction is None else max(1, round(o.fraction * available))
+        self.batch = data_set.batch
+        self.sample = data_set.sample({"train": max(self.images, self.features)}, o.seed)  # the same for all models
+        self.subjects = [
+            Subject(name, c.model.to(self.device), YoloTask(c.model), c.layers)
+            for name, c in zip(names, checkpoints, strict=True)
+        ]
+        self.blocks = SCOPES[o.scope]
+        self.folder = save_dir(first.task, o.project, o.name, o.exist_ok)
+        about = {"model": [Path(p).name for p in paths], "data": Path(data_set.args["data"]).name, "task": first.task}
+        used = {"imgsz": data_set.args["imgsz"], "batch": self.batch}
+        places = ("device", "project", "name", "exist_ok")
+        self.config = {**about, **{k: v for k, v in asdict(o).items() if k not in places}, **used}
 
     def run(self) -> dict[str, Any]:
         """Measure, and write ``analysis.json``, the figures and ``report.html``.
@@ -103,113 +82,105 @@ class Comparison:
         Returns:
             (dict): What ``analysis.json`` holds.
         """
-        subjects = self.material.subjects
-        (sampled, eigenvalues, losses), images = with_fewer(self.images, self._curvature, "images for the curvature")
-        read = [self._read(subject) for subject in subjects]
-        slow = self._landscapes(images, [inputs for inputs, _ in read]) if self.landscape else None
-        models = []
-        for i, (subject, (inputs, collapses)) in enumerate(zip(subjects, read, strict=True)):
-            final = [float(weight_matrix(layer.module).double().square().sum()) for layer in subject.layers]
-            models.append(
-                {
-                    "name": subject.name,
-                    "loss": losses[i],
-                    "weight_norm": {
-                        **{b: _norm(subject.parameters(b)) for b in self.blocks},
-                        "final_weights": math.sqrt(sum(final)),
-                    },
-                    "trace": _with_all(sampled[i]),
-                    "samples": {block: asdict(trace) for block, trace in sampled[i].items()},
-                    "largest_eigenvalue": {b: asdict(e) for b, e in eigenvalues[i].items()},
-                    "collapse": [
-                        {
-                            "layer": c.layer.name,
-                            "scale": c.layer.scale,
-                            "features": c.features,
-                            "classes": c.classes,
-                            **{k: asdict(e) for k, e in c.measures().items()},
-                        }
-                        for c in collapses
-                    ],
-                    "spectrum": [s.to_dict() for s in inputs.spectra()],
-                    **(slow[i] if slow else {}),
-                }
-            )
+        (sampled, curvatures), images = with_fewer(self.images, self._curvature, "images for the curvature")
+        models = [
+            {"name": subject.name, **curvature, **self._features(subject, images)}
+            for subject, curvature in zip(self.subjects, curvatures, strict=True)
+        ]
         result = {
             "config": self.config,
-            "seed": self.seed,
-            "versions": versions(self.material.device),
-            "classes": list(self.material.classes.values()),
-            "images": {"curvature": images, "features": self.material.features},
+            "seed": self.options.seed,
+            "versions": {**versions(), "device": str(self.device)},
+            "classes": list(self.classes.values()),
+            "images": {"curvature": images, "features": self.features},
             "models": models,
-            "differences": differences([s.name for s in subjects], sampled),
+            "differences": differences([s.name for s in self.subjects], sampled),
         }
         render(result, self.folder)
         LOGGER.info(f"{PREFIX}wrote {self.folder / 'report.html'} and analysis.json")
         return result
 
-    def _curvature(self, images: int) -> tuple[list[dict[str, Trace]], list[dict[str, Estimate]], list[float]]:
-        """Return traces, largest eigenvalues and losses of all models on the same images."""
-        subjects = self.material.subjects
-        batches = list(self.material.batches(images, min(images, self.material.batch)))
-        steps = len(subjects) * len(self.blocks) * len(batches) * self.probes
-        with TQDM(total=steps, desc="trace", unit="probe") as bar:
-            sampled = traces(
-                subjects,
-                batches,
-                self.blocks,
-                probes=self.probes,
-                stderr=self.stderr,
-                seed=self.seed,
-                progress=bar.update,
-            )
-        eigenvalues: list[dict[str, Estimate]] = []
+    def _curvature(self, images: int) -> tuple[list[dict[str, Trace]], list[dict[str, Any]]]:
+        """Return the traces of all models on the same images, by block, and what the report holds of each model."""
+        o, subjects = self.options, self.subjects
+        batches = list(self.sample.batches("train", images, min(images, self.batch)))
+        with TQDM(total=len(subjects) * len(self.blocks) * len(batches) * o.probes, desc="trace", unit="probe") as bar:
+            budget: dict[str, Any] = {"probes": o.probes, "stderr": o.stderr, "seed": o.seed}
+            sampled = traces(subjects, batches, self.blocks, **budget, progress=bar.update)
+        eigenvalues: list[dict[str, Estimate]] = [{} for _ in subjects]
         with TQDM(total=len(subjects) * len(self.blocks), desc="largest eigenvalue", unit="block") as bar:
-            for subject in subjects:
-                found = {}
+            for subject, of in zip(subjects, eigenvalues, strict=True):
                 for block in self.blocks:
-                    found[block] = largest_eigenvalue(subject, batches, block, seed=self.seed)
+                    of[block] = largest_eigenvalue(subject, batches, block, seed=o.seed)
                     bar.update(1)
-                eigenvalues.append(found)
-        return sampled, eigenvalues, [loss_at(subject, batches, {}) for subject in subjects]
+        found = [
+            {
+                "loss": loss_at(subject, batches, {}),
+                "parameter_norm": {block: _norm(subject.parameters(block)) for block in self.blocks},
+                "weight_norm": _norm([weight_matrix(layer.module) for layer in subject.layers]),
+                "trace": {b: _plain(t.estimates()) for b, t in _with_all(blocks).items()},
+                "samples": {block: asdict(trace) for block, trace in blocks.items()},
+                "largest_eigenvalue": _plain(values),
+            }
+            for subject, blocks, values in zip(subjects, sampled, eigenvalues, strict=True)
+        ]
+        return sampled, found
 
-    def _read(self, subject: Subject) -> tuple[Inputs, list[Collapse]]:
-        """Return the second moments and the collapse of a model's features, from one pass over the images."""
+    def _features(self, subject: Subject, images: int) -> dict[str, Any]:
+        """Return collapse and spectra of a model, from one pass over the images, and slices of its loss."""
+        o = self.options
 
-        def run(size: int) -> tuple[Inputs, list[Collapse]]:
-            inputs = Inputs(subject.task, subject.layers, self.method.weighting)
-            several = len(self.material.classes) > 1
-            collapses = [Collapse(layer, self.seed) for layer in class_layers(subject.layers) if several]
-            bar = TQDM(total=self.material.features, desc=f"features of {subject.name}", unit="img")
-            with evaluation(subject.model), InputCapture(subject.layers) as capture, bar:
-                for batch in self.material.batches(self.material.features, size):
-                    output = subject.task.forward(subject.model, batch)
-                    taken = capture.take()
-                    inputs.update(taken, batch)
+        def read(size: int) -> tuple[Engine, list[Collapse]]:
+            engine = Engine(subject.model, subject.layers, subject.task, spectrum_methods(o.weighting))
+            collapses = [Collapse(layer, o.seed) for layer in class_layers(subject.layers) if len(self.classes) > 1]
+            with TQDM(total=self.features, desc=f"features of {subject.name}", unit="img") as bar:
+
+                def observe(batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
                     if collapses:
-                        collect(collapses, subject.task, output, taken, batch)
+                        collect(collapses, subject.task, output, inputs, batch)
                     bar.update(subject.task.size(batch))
-            return inputs, collapses
 
-        return with_fewer(min(PASS, self.material.batch), run, "images at a time")[0]
+                engine.fit(self.sample.batches("train", self.features, size), observe)
+            return engine, collapses
 
-    def _landscapes(self, images: int, inputs: Sequence[Inputs]) -> list[dict[str, Any]]:
-        subjects, found = self.material.subjects, []
-        with TQDM(total=len(subjects) * (LINE + PLANE**2), desc="landscape", unit="point") as bar:
-            for subject, of in zip(subjects, inputs, strict=True):
-                batches = list(self.material.batches(images, min(PASS, self.material.batch)))
-                around = slices(
-                    subject,
-                    batches,
-                    radius=RADIUS,
-                    line=LINE,
-                    plane=PLANE,
-                    seed=self.seed,
-                    progress=bar.update,
+        (engine, collapses), _ = with_fewer(min(PASS, self.batch), read, "images at a time")
+        found: dict[str, Any] = {
+            "collapse": [
+                {
+                    "layer": c.layer.name,
+                    "level": c.layer.level,
+                    "features": c.features,
+                    "classes": c.classes,
+                    **_plain(c.measures()),
+                }
+                for c in collapses
+            ],
+            "spectrum": [layer_spectrum(engine, layer, o.weighting) for layer in subject.layers],
+        }
+        shift = engine.solve(Method(weighting=o.weighting))  # the default shift
+        engine.release()
+        if o.landscape:
+            batches = list(self.sample.batches("train", images, min(PASS, self.batch)))
+            with TQDM(total=LINE + PLANE**2, desc=f"landscape of {subject.name}", unit="point") as bar:
+                found["landscape"] = slices(
+                    subject, batches, radius=RADIUS, line=LINE, plane=PLANE, seed=o.seed, progress=bar.update
                 )
-                towards = interpolation(subject, batches, of.shifts(self.method), STEPS)
-                found.append({"landscape": around, "interpolation": towards})
+            found["interpolation"] = interpolation(engine, shift, batches, STEPS)
         return found
+
+
+def _check_alike(checkpoints: Sequence[Checkpoint]) -> None:
+    first, *others = checkpoints
+    for other in others:
+        for key, ours, theirs in (
+            ("task", first.task, other.task),
+            ("single_cls", bool(first.args["single_cls"]), bool(other.args["single_cls"])),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"{first.path} was trained with {key}={ours} and {other.path} with {key}={theirs}: their losses "
+                    "cannot be compared."
+                )
 
 
 def render(result: dict[str, Any], folder: Path) -> None:
@@ -228,11 +199,12 @@ def differences(names: Sequence[str], sampled: Sequence[dict[str, Trace]]) -> li
     ``resolved`` (at least three standard errors from zero) and ``unpaired``: the standard error that independent probes
     would have given.
     """
+    first = _with_all(sampled[0])
     found = []
     for name, of in zip(names[1:], sampled[1:], strict=True):
         blocks: dict[str, dict[str, Any]] = {}
-        for block, (a, b) in _pairs(sampled[0], of).items():
-            ours, theirs = a.estimates(), b.estimates()
+        for block, trace in _with_all(of).items():
+            ours, theirs = first[block].estimates(), trace.estimates()
             blocks[block] = {
                 key: {
                     **asdict(change),
@@ -240,29 +212,25 @@ def differences(names: Sequence[str], sampled: Sequence[dict[str, Trace]]) -> li
                     "resolved": change.resolved,
                     "unpaired": math.hypot(ours[key].stderr, theirs[key].stderr),
                 }
-                for key, change in (b - a).estimates().items()
+                for key, change in trace.combined(operator.sub, first[block]).estimates().items()
             }
         found.append({"model": name, "against": names[0], "trace": blocks})
     return found
 
 
-def _pairs(first: dict[str, Trace], other: dict[str, Trace]) -> dict[str, tuple[Trace, Trace]]:
-    return {block: (a, _add_all(other)[block]) for block, a in _add_all(first).items()}
-
-
-def _add_all(blocks: dict[str, Trace]) -> dict[str, Trace]:
+def _with_all(blocks: dict[str, Trace]) -> dict[str, Trace]:
+    """Return the traces by block, and where there are two blocks that of all parameters."""
     if len(blocks) < 2:
         return blocks
-    before, final = blocks.values()
-    return {**blocks, "all": before + final}
+    return {**blocks, "all": blocks["before"].combined(operator.add, blocks["final"])}
 
 
-def _with_all(blocks: dict[str, Trace]) -> dict[str, dict[str, Any]]:
-    return {b: {k: asdict(e) for k, e in trace.estimates().items()} for b, trace in _add_all(blocks).items()}
+def _plain(estimates: dict[str, Estimate]) -> dict[str, dict[str, Any]]:
+    return {name: asdict(estimate) for name, estimate in estimates.items()}
 
 
-def _norm(parameters: Sequence[torch.Tensor]) -> float:
-    return math.sqrt(sum(float(p.detach().double().square().sum()) for p in parameters))
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(as_float64(x).square().sum()) for x in tensors))
 
 
 def analyze_checkpoints(
@@ -274,13 +242,9 @@ def analyze_checkpoints(
         model (str | Path | Sequence): The checkpoints, of one task and one set of classes; a string may hold several
             with commas between them. Differences are taken from the first.
         data (str | Path, optional): The data set. None: the one that the first model was trained on.
-        **options (Any): ``scope`` (str): parameters of the curvature: ``all``, ``before`` the final layers or
-            ``final``; ``probes`` (int): 24 by default, and ``stderr`` (float): a standard error relative to each trace;
-            whichever is reached first ends the sampling; ``images`` (int): for curvature and landscape, 8 by default;
-            ``landscape`` (bool): whether to draw it; ``weighting`` (str): of the spectra; ``fraction`` (float): share
-            of the training images whose features are read, at most 256 images by default; ``imgsz``, ``batch`` (int):
-            those of the training by default; ``device`` (str), ``seed`` (int), ``project``, ``name`` (str),
-            ``exist_ok`` (bool).
+        **options (Any): See ``AnalyzeOptions``: ``scope``, ``probes``, ``stderr``, ``images``, ``landscape``,
+            ``weighting``, ``fraction``, ``imgsz``, ``batch``, ``device``, ``seed``, ``project``, ``name`` and
+            ``exist_ok``.
 
     Returns:
         (dict): What ``analysis.json`` holds.

@@ -9,17 +9,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ultralytics.utils import LOGGER, YAML, colorstr, plt_settings
+from ultralytics.utils import LOGGER, YAML, colorstr
 
-from yolo_sos.analyze.collapse import NAMES
-from yolo_sos.analyze.figures import TITLES, save
-from yolo_sos.analyze.material import labels
-from yolo_sos.analyze.report import Section, digits, write_report
-from yolo_sos.analyze.settings import save_dir, versions
-from yolo_sos.analyze.watch import columns
+from yolo_sos.analyze.collapse import MEASURES
+from yolo_sos.analyze.figures import TITLES, save, subplots
+from yolo_sos.analyze.report import Section, digits, labels, save_dir, write_report
+from yolo_sos.core.checks import boolean
+from yolo_sos.versions import versions
 
+# Without "loss" and "metric" in their names: Ultralytics plots columns that have them into results.png.
+COLUMNS = ("trace", "trace_stderr", "gauss_newton", "gauss_newton_stderr", *MEASURES)
 PANELS = {"trace": "Hessian trace before the final layers", "gauss_newton": "Gauss-Newton trace", **TITLES}
 Curve = list[dict[str, float]]  # one dictionary per epoch that was analyzed: ``epoch`` and the columns without "sos/"
+
+
+def columns(measured: dict[str, float] | None = None) -> dict[str, float]:
+    """Return the ``sos/*`` columns of an epoch; nan where nothing was measured."""
+    return {f"sos/{name}": (measured or {}).get(name, math.nan) for name in COLUMNS}
 
 
 def read_curve(run: str | Path) -> Curve:
@@ -35,49 +41,44 @@ def read_curve(run: str | Path) -> Curve:
     path = Path(run) / "results.csv" if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise FileNotFoundError(f"runs={run}: there is no results.csv.")
-    with open(path, encoding="utf-8", newline="") as f:
-        rows = [{str(k).strip(): v for k, v in row.items()} for row in csv.DictReader(f)]
-    keys = list(columns())
-    if rows and not all(key in rows[0] for key in keys):
-        raise ValueError(f"runs={run} was not analyzed while it trained: train with sos_analyze=10, say.")
-    curve = [{"epoch": float(row["epoch"]), **{k.removeprefix("sos/"): float(row[k]) for k in keys}} for row in rows]
-    curve = [point for point in curve if math.isfinite(point["trace"])]
-    if not curve:
-        raise ValueError(f"runs={run} holds no measurement yet: it stopped before its first one.")
+    if not (curve := _measured(path)):
+        raise ValueError(f"runs={run} has no measurement: it stopped before its first one.")
     return curve
 
 
-@plt_settings()
-def draw(curves: dict[str, Curve], path: Path, on_plot: Callable[[Path], None] | None = None) -> Path:
-    """Draw the curves of runs, a panel per measure."""
-    import matplotlib.pyplot as plt
+def _measured(path: Path) -> Curve:
+    with open(path, encoding="utf-8", newline="") as f:
+        rows = [{str(k).strip(): v for k, v in row.items()} for row in csv.DictReader(f)]
+    if rows and not rows[0].keys() >= columns().keys():
+        raise ValueError(f"{path}: the run was not analyzed while it trained. Train with sos_analyze=10, for example.")
+    try:
+        curve = [{"epoch": float(row["epoch"]), **{k: float(row[f"sos/{k}"]) for k in COLUMNS}} for row in rows]
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{path}: a line holds something else than numbers: {e}.") from e
+    return [point for point in curve if math.isfinite(point["trace"])]
 
-    fig, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
+
+def draw(curves: dict[str, Curve], path: Path) -> Path:
+    """Draw the curves of runs, a panel per measure."""
+    fig, axes = subplots(2, 4, 4, 3.5)
     for ax, (key, title) in zip(axes.flat, PANELS.items(), strict=False):
         for i, (name, curve) in enumerate(curves.items()):
             epochs, values = [p["epoch"] for p in curve], [p[key] for p in curve]
-            errors = [p.get(f"{key}_stderr", math.nan) for p in curve]
-            style = {"fmt": "o-", "color": f"C{i}", "markersize": 4, "label": name}
-            ax.errorbar(epochs, values, errors if key in {"trace", "gauss_newton"} else None, capsize=3, **style)
+            errors = [p[f"{key}_stderr"] for p in curve] if f"{key}_stderr" in COLUMNS else None
+            ax.errorbar(epochs, values, errors, fmt="o-", color=f"C{i}", markersize=4, capsize=3, label=name)
         if key == "nc1":
             ax.set_yscale("log")  # falls by orders of magnitude
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("epoch")
     axes.flat[0].legend(fontsize=8)
     axes.flat[-1].set_axis_off()
-    saved = save(fig, path)
-    if on_plot:
-        on_plot(saved)
-    return saved
+    return save(fig, path)
 
 
-def plot(results: Path, path: Path, on_plot: Callable[[Path], None] | None = None) -> None:
+def plot(results: Path, path: Path, on_plot: Callable[[Path], None]) -> None:
     """Draw the curve of one run from its results.csv, unless it ended before its first measurement."""
-    try:
-        curve = read_curve(results)
-    except ValueError:
-        return
-    draw({results.parent.name: curve}, path, on_plot)
+    if curve := _measured(results):
+        on_plot(draw({results.parent.name: curve}, path))
 
 
 class Curves:
@@ -85,9 +86,9 @@ class Curves:
 
     Args:
         runs (str | Path | Sequence[str | Path]): Folders of runs; a string may hold several with commas between them.
-        project (str, optional): As the host has it.
-        name (str, optional): As the host has it.
-        exist_ok (bool): Whether an existing folder may be written into.
+        project (str, optional): Folder of the result's folder, as in Ultralytics.
+        name (str, optional): Name of the result's folder.
+        exist_ok (bool): Whether that folder may exist.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Curves:
         self.settings = [
             YAML.load(folder / "sos.yaml") if (folder / "sos.yaml").is_file() else {} for folder in folders
         ]
-        self.folder = save_dir("", project, name, exist_ok)
+        self.folder = save_dir("", project, name, boolean("exist_ok", exist_ok))
 
     def run(self) -> dict[str, Any]:
         """Write ``analysis.json``, ``curves.png`` and ``report.html``.
@@ -127,7 +128,7 @@ class Curves:
         text = [
             "What the runs measured of their averaged weights while they trained, on the same few training images at "
             "every epoch, without augmentation: traces per image with their standard errors over probes, and neural "
-            "collapse, the mean over detection scales. Runs with one seed and data set see the same images and probes; "
+            "collapse, the mean over detection levels. Runs with one seed and data set see the same images and probes; "
             "what another seed would have changed is not in the standard errors."
         ]
         for name, curve in self.curves.items():
@@ -137,10 +138,7 @@ class Curves:
                 f"{digits(first['trace'], 4)} ± {digits(first['trace_stderr'], 2)} to {digits(last['trace'], 4)} ± "
                 f"{digits(last['trace_stderr'], 2)}, NC1 from {digits(first['nc1'], 3)} to {digits(last['nc1'], 3)}."
             )
-        rows = [
-            [key, *(digits(curve[-1][key], 4) for curve in self.curves.values())]
-            for key in ("epoch", "trace", "trace_stderr", "gauss_newton", "gauss_newton_stderr", *NAMES)
-        ]
+        rows = [[key, *(digits(curve[-1][key], 4) for curve in self.curves.values())] for key in ("epoch", *COLUMNS)]
         write_report(
             self.folder, result, [Section("While training", text, path, ["last measurement", *self.curves], rows)]
         )

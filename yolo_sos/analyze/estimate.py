@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
-RESOLVED = 3.0  # standard errors from zero: what is closer is not told apart from it
+RESOLVED = 3.0  # standard errors from zero, below which a difference is not called one
 
 
 @dataclass(frozen=True)
@@ -45,25 +47,18 @@ class Estimate:
             blocks (Sequence): What can be added with ``+``; at least one.
         """
         n = len(blocks)
-        whole = statistic(_sum(blocks))
+        whole = statistic(reduce(operator.add, blocks))
         if n < 2:
             return cls(whole, math.nan, n)
-        without = [statistic(_sum([b for j, b in enumerate(blocks) if j != i])) for i in range(n)]
+        without = [statistic(reduce(operator.add, [*blocks[:i], *blocks[i + 1 :]])) for i in range(n)]
         mean = sum(without) / n
         return cls(whole, math.sqrt((n - 1) / n * sum((x - mean) ** 2 for x in without)), n)
 
     @property
     def resolved(self) -> bool:
-        """Whether it is told apart from zero: at least three standard errors away."""
+        """Whether it differs from zero by at least three standard errors."""
         return math.isfinite(self.stderr) and abs(self.estimate) >= RESOLVED * self.stderr and self.estimate != 0
 
     def __str__(self) -> str:
         """Return ``estimate ± stderr`` to four digits."""
         return f"{self.estimate:.4g} ± {self.stderr:.2g}" if math.isfinite(self.stderr) else f"{self.estimate:.4g}"
-
-
-def _sum(blocks: Sequence[Any]) -> Any:
-    total = blocks[0]
-    for block in blocks[1:]:
-        total = total + block
-    return total

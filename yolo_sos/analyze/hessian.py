@@ -21,20 +21,22 @@ entries of v ±1. Their standard error is that of the probes; the images are giv
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from yolo_sos.analyze.estimate import Estimate
+from yolo_sos.analyze.options import SCOPES
 from yolo_sos.core import FinalLayer, Task, evaluation
 
-BLOCKS = {"all": ("before", "final"), "before": ("before",), "final": ("final",)}  # by ``scope``
-ROUND = 8  # probes that share a graph; after each round the budget is looked at
-MINIMUM = 3  # rounds of probes below which a standard error is not believed
+ROUND = 8  # probes that share a graph; sampling can end after each round
+MINIMUM = 3  # minimum number of rounds before early stopping
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,17 @@ class Trace:
 
     def estimates(self) -> dict[str, Estimate]:
         """Return ``hessian``, ``gauss_newton`` and their ``gap``, each with its standard error."""
-        gap = [h - g for h, g in zip(self.hessian, self.gauss_newton, strict=True)]
+        gap = list(map(operator.sub, self.hessian, self.gauss_newton))
         samples = {"hessian": self.hessian, "gauss_newton": self.gauss_newton, "gap": gap}
         return {name: Estimate.mean(values) for name, values in samples.items()}
 
-    def __add__(self, other: Trace) -> Trace:
-        """Return the samples of two blocks together: the trace of a matrix is that of its diagonal blocks."""
-        return self._with(other, lambda a, b: a + b)
+    def combined(self, of: Callable[[float, float], float], other: Trace) -> Trace:
+        """Return ``of(own sample, other sample)`` of each probe.
 
-    def __sub__(self, other: Trace) -> Trace:
-        """Return the differences, probe by probe."""
-        return self._with(other, lambda a, b: a - b)
-
-    def _with(self, other: Trace, of: Callable[[float, float], float]) -> Trace:
-        both = (self.hessian, other.hessian), (self.gauss_newton, other.gauss_newton)
-        return Trace(*([of(a, b) for a, b in zip(*pair, strict=True)] for pair in both))
+        With ``operator.sub`` the paired differences of two models; with ``operator.add`` the trace of two blocks
+        together, as the trace of a matrix is that of its diagonal blocks.
+        """
+        return Trace(list(map(of, self.hessian, other.hessian)), list(map(of, self.gauss_newton, other.gauss_newton)))
 
 
 class Curvature:
@@ -108,7 +106,7 @@ class Curvature:
             leaves: list[Tensor] = []
 
             def cut(output: Tensor) -> Tensor:
-                # Beyond this cut the loss does not know the model, nor one output that another is computed from.
+                # Beyond this cut the loss depends neither on the model nor on an output that another is computed from.
                 if not output.requires_grad:
                     return output
                 found.append(output)
@@ -125,40 +123,40 @@ class Curvature:
             gradient = torch.autograd.grad(
                 self._outputs, parameters, self._cotangents, create_graph=True, allow_unused=True
             )
-        self._reached = [i for i, g in enumerate(gradient) if g is not None]  # not by a decoder's constants
+        self._reached = [i for i, g in enumerate(gradient) if g is not None]  # a decoder's constants have none
         self._gradient = [gradient[i] for i in self._reached]
 
     def _parts(self, vector: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return ``Σ r_k∇²z_k v`` for the parameters reached, ``u = Jv`` and ``H_z u`` for the outputs."""
         inputs = [*(self.parameters[i] for i in self._reached), *self._cotangents]
         both = _grad(self._gradient, inputs, [vector[i] for i in self._reached])
-        bent, moved = both[: len(self._reached)], both[len(self._reached) :]
+        residual_part, jv = both[: len(self._reached)], both[len(self._reached) :]
         # An output that enters the loss linearly has a slope without a graph: its rows of H_z are zero.
         curved = [i for i, slope in enumerate(self._slopes) if slope.requires_grad]
-        pushed = _grad([self._slopes[i] for i in curved], self._leaves, [moved[i] for i in curved])
-        return bent, moved, pushed
+        h_jv = _grad([self._slopes[i] for i in curved], self._leaves, [jv[i] for i in curved])
+        return residual_part, jv, h_jv
 
     def quadratic(self, vector: Sequence[Tensor]) -> tuple[float, float]:
         """Return ``vᵀHv`` and ``vᵀJᵀH_zJv`` for a vector, one tensor per parameter."""
-        bent, moved, pushed = self._parts(vector)
-        gauss_newton = dot(moved, pushed)
-        return dot([vector[i] for i in self._reached], bent) + gauss_newton, gauss_newton
+        residual_part, jv, h_jv = self._parts(vector)
+        gauss_newton = dot(jv, h_jv)
+        return dot([vector[i] for i in self._reached], residual_part) + gauss_newton, gauss_newton
 
     def product(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """Return ``Hv``, one tensor per parameter."""
-        bent, _, pushed = self._parts(vector)
+        residual_part, _, h_jv = self._parts(vector)
         reached = [self.parameters[i] for i in self._reached]
-        back = torch.autograd.grad(self._outputs, reached, pushed, retain_graph=True)
-        product = [torch.zeros_like(p) for p in self.parameters]
-        for i, a, b in zip(self._reached, bent, back, strict=True):
-            product[i] = a + b
-        return product
+        back = torch.autograd.grad(self._outputs, reached, h_jv, retain_graph=True)
+        found = [torch.zeros_like(p) for p in self.parameters]
+        for i, a, b in zip(self._reached, residual_part, back, strict=True):
+            found[i] = a + b
+        return found
 
 
 def traces(
     subjects: Sequence[Subject],
     batches: Sequence[Any],
-    blocks: Sequence[str] = BLOCKS["all"],
+    blocks: Sequence[str] = SCOPES["all"],
     *,
     probes: int = 24,
     stderr: float | None = None,
@@ -171,11 +169,11 @@ def traces(
         subjects (Sequence[Subject]): The models.
         batches (Sequence[Any]): Batches of the task; the loss is their mean per image.
         blocks (Sequence[str]): ``before`` and ``final``; each has probes of its own.
-        probes (int): The budget.
-        stderr (float, optional): The other budget, a standard error relative to its trace: no more probes once those of
-            every model and block, of Hessian and Gauss-Newton, are below it.
+        probes (int): Number of probes, at most.
+        stderr (float, optional): Sampling ends before that once every standard error, of each model and block, of
+            Hessian and Gauss-Newton, is at most this share of its trace.
         seed (int): Probes are the same for the same seed and shapes of parameters.
-        progress (Callable): Is told after each batch how many probes it took.
+        progress (Callable): Called with the number of probes after each batch that they have been applied to.
 
     Returns:
         (list[dict[str, Trace]]): Per model, block → samples.
@@ -183,29 +181,21 @@ def traces(
     found = [{block: Trace() for block in blocks} for _ in subjects]
     for start in range(0, probes, ROUND):
         indices = range(start, min(start + ROUND, probes))
-        for subject, of in zip(subjects, found, strict=True):
-            for block in blocks:
-                samples = _round(subject, block, batches, indices, seed, progress)
-                of[block].hessian += [h for h, _ in samples]
-                of[block].gauss_newton += [g for _, g in samples]
+        for (subject, of), block in product(zip(subjects, found, strict=True), blocks):
+            h, g = [0.0] * len(indices), [0.0] * len(indices)
+            with differentiable(subject, block) as parameters:
+                for share, curvature in _curvatures(subject, batches, parameters):  # one graph for all these probes
+                    for i, index in enumerate(indices):
+                        both = curvature.quadratic(rademacher(parameters, seed, index, block))
+                        h[i], g[i] = h[i] + share * both[0], g[i] + share * both[1]
+                        progress(1)
+            of[block].hessian += h
+            of[block].gauss_newton += g
         done = [e for of in found for t in of.values() for k, e in t.estimates().items() if k != "gap"]
-        if stderr is not None and start // ROUND + 1 >= MINIMUM and all(_within(e, stderr) for e in done):
+        enough = stderr is not None and all(e.stderr <= stderr * abs(e.estimate) for e in done)
+        if enough and start // ROUND + 1 >= MINIMUM:
             break
     return found
-
-
-def _round(
-    subject: Subject, block: str, batches: Sequence[Any], indices: range, seed: int, progress: Callable[[int], Any]
-) -> list[tuple[float, float]]:
-    """Return ``vᵀHv`` and its Gauss-Newton part for some probes, with one graph per batch for all of them."""
-    samples = [(0.0, 0.0)] * len(indices)
-    with differentiable(subject, block) as parameters:
-        for share, curvature in _curvatures(subject, batches, parameters):
-            for i, index in enumerate(indices):
-                h, g = curvature.quadratic(rademacher(parameters, seed, index, block))
-                samples[i] = samples[i][0] + share * h, samples[i][1] + share * g
-                progress(1)
-    return samples
 
 
 def largest_eigenvalue(
@@ -216,7 +206,6 @@ def largest_eigenvalue(
     iterations: int = 20,
     tolerance: float = 0.02,
     seed: int = 0,
-    progress: Callable[[int], Any] = lambda n: None,
 ) -> Estimate:
     """Return the eigenvalue of the Hessian that is largest in magnitude, by power iteration.
 
@@ -227,7 +216,6 @@ def largest_eigenvalue(
         iterations (int): At most.
         tolerance (float): Stops when the residual is below this share of the eigenvalue.
         seed (int): Of the first vector.
-        progress (Callable): Is told after each batch.
 
     Returns:
         (Estimate): The Rayleigh quotient λ. Its ``stderr`` is the residual ``‖Hv − λv‖``: an eigenvalue lies no further
@@ -242,14 +230,13 @@ def largest_eigenvalue(
             done += 1
             length = dot(vector, vector) ** 0.5 or 1.0
             vector = [v / length for v in vector]
-            product = [torch.zeros_like(v) for v in vector]
+            moved = [torch.zeros_like(v) for v in vector]
             for share, curvature in kept or _curvatures(subject, batches, parameters):
-                product = [a + share * b for a, b in zip(product, curvature.product(vector), strict=True)]
-                progress(1)
-            value = dot(vector, product)
-            rest = [p - value * v for p, v in zip(product, vector, strict=True)]
+                moved = [a + share * b for a, b in zip(moved, curvature.product(vector), strict=True)]
+            value = dot(vector, moved)
+            rest = [p - value * v for p, v in zip(moved, vector, strict=True)]
             residual = dot(rest, rest) ** 0.5
-            vector = product
+            vector = moved
             if residual <= tolerance * abs(value):
                 break
     return Estimate(value, residual, done)
@@ -257,7 +244,7 @@ def largest_eigenvalue(
 
 @contextmanager
 def differentiable(subject: Subject, block: str) -> Iterator[list[nn.Parameter]]:
-    """Evaluation mode, with gradients for one block of parameters alone; everything is put back, whatever happens.
+    """Evaluation mode, with gradients for one block of parameters alone; restores all flags and modes in any case.
 
     Yields:
         (list[nn.Parameter]): The block's parameters.
@@ -292,10 +279,6 @@ def rademacher(parameters: Iterable[Tensor], seed: int, index: int, block: str =
 def dot(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
     """Return the scalar product of two vectors that come in parts, summed in float64 where the device has it."""
     return sum(float((x * y).sum(dtype=None if x.device.type == "mps" else torch.float64)) for x, y in zip(a, b))  # noqa: B905
-
-
-def _within(estimate: Estimate, share: float) -> bool:
-    return estimate.stderr <= share * abs(estimate.estimate)
 
 
 def _curvatures(

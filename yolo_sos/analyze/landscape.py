@@ -10,16 +10,14 @@ of its length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from yolo_sos.analyze.hessian import Subject
-from yolo_sos.core import InputCapture
-from yolo_sos.core.layers import weight_matrix
-from yolo_sos.core.shift import HeldOut, evaluation
+from yolo_sos.core import Engine, Shift, as_float64, evaluation
 
 
 def direction(subject: Subject, seed: int) -> dict[str, Tensor]:
@@ -52,7 +50,7 @@ def loss_at(subject: Subject, batches: Sequence[Any], moved: dict[str, Tensor]) 
     with evaluation(subject.model):
         for batch in batches:
             size = task.size(batch)
-            total += size * float(task.loss(task.forward(model, batch), batch))  # type: ignore[arg-type]
+            total += size * float(task.loss(task.run(model, batch), batch))  # type: ignore[arg-type]
             images += size
     return total / images
 
@@ -74,9 +72,9 @@ def slices(
         batches (Sequence[Any]): Batches of its task.
         radius (float): Largest coefficient.
         line (int): Points along the first direction, odd: the middle one is the model.
-        plane (int): Points along each side of the plane, odd; 0: no plane.
+        plane (int): Points along each side of the plane, odd.
         seed (int): Of the directions.
-        progress (Callable): Is told after each point.
+        progress (Callable): Called with 1 after each point.
 
     Returns:
         (dict): ``line``: ``x`` and ``loss``; ``plane``: ``x``, ``y`` and ``loss`` (rows along y).
@@ -90,7 +88,7 @@ def slices(
         progress(1)
         return loss
 
-    xs, sides = _grid(radius, line), _grid(radius, plane)
+    xs, sides = ([radius * (2 * i / (points - 1) - 1) for i in range(points)] for points in (line, plane))
     return {
         "line": {"x": xs, "loss": [at(x, 0.0) for x in xs]},
         "plane": {"x": sides, "y": sides, "loss": [[at(x, y) for x in sides] for y in sides]},
@@ -98,34 +96,25 @@ def slices(
 
 
 def interpolation(
-    subject: Subject, batches: Sequence[Any], shifted: dict[str, Tensor], steps: Sequence[float]
+    engine: Engine, shift: Shift, batches: Iterable[Any], steps: Sequence[float]
 ) -> dict[str, list[float]]:
-    """Return loss and norm ratio along ``V + t(V* − V)``; only the final layers are evaluated again.
+    """Return the loss and the squared norm ratio along ``V + t(V* − V)``; only final layers are evaluated again.
 
     Args:
-        subject (Subject): The model.
-        batches (Sequence[Any]): Batches of its task.
-        shifted (dict[str, Tensor]): Layer name → V* ``(out, d)``.
+        engine (Engine): The model's.
+        shift (Shift): From V to V*; nothing is written.
+        batches (Iterable): Batches of the task.
         steps (Sequence[float]): Values of t; 0 is the model, 1 its shifted self.
 
     Returns:
-        (dict): ``t``, ``loss`` and ``norm_ratio``, ``‖V_t‖²/‖V‖²`` over all layers.
+        (dict): ``t``, ``loss`` and ``squared_norm_ratio``, ``‖V_t‖²/‖V‖²`` over all layers.
     """
-    kept = HeldOut(subject.task, subject.layers)
-    with evaluation(subject.model), InputCapture(subject.layers) as capture:
-        for batch in batches:
-            output = subject.task.forward(subject.model, batch)
-            kept.add(batch, output, capture.take())
-        found: dict[str, list[float]] = {"t": list(steps), "loss": [], "norm_ratio": []}
-        own = {layer.name: weight_matrix(layer.module) for layer in subject.layers}
-        size = sum(float(v.square().sum()) for v in own.values())
-        for t in steps:
-            moved = {k: v + t * (shifted[k].to(v) - v) for k, v in own.items()}
-            found["loss"].append(kept.loss(moved))
-            found["norm_ratio"].append(sum(float(v.square().sum()) for v in moved.values()) / (size or 1.0))
-    return found
+    heldout = engine.hold_out(batches)
 
+    def squared_norm(weights: dict[str, Tensor]) -> float:
+        return sum(float(as_float64(v).square().sum()) for v in weights.values())
 
-def _grid(radius: float, points: int) -> list[float]:
-    half = points // 2
-    return [radius * (i - half) / half for i in range(2 * half + 1)] if half else []
+    weights = [shift.weights(t) for t in steps]
+    size = squared_norm(shift.weights(0.0)) or 1.0
+    ratios = [squared_norm(w) / size for w in weights]
+    return {"t": list(steps), "loss": [heldout.loss(w) for w in weights], "squared_norm_ratio": ratios}

@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""``analysis.json`` and ``report.html``: one file that needs no network and no other file."""
+"""Where an analysis goes: a folder with ``analysis.json`` and ``report.html``, which needs no network or other file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from ultralytics.cfg import get_save_dir
 
 from yolo_sos.files import write_text
 
@@ -47,6 +50,29 @@ class Section:
     figure: Path | None = None
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = field(default=())
+
+
+def save_dir(task: str, project: str | None, name: str | None, exist_ok: bool) -> Path:
+    """Return the folder to write to, as Ultralytics does: ``project/name``, ``runs/{task}/analyze`` by default."""
+    return get_save_dir(SimpleNamespace(project=project, name=name, task=task, mode="analyze", exist_ok=exist_ok))
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """Return short names that tell paths apart: their last parts, without ``weights`` and ``.pt``.
+
+    Raises:
+        ValueError: If a path is given twice.
+    """
+    whole = [path.resolve() for path in paths]
+    for path in whole:
+        if whole.count(path) > 1:
+            raise ValueError(f"{path} is given twice: there would be nothing to compare.")
+    parts = [[p for p in (*path.parts[1:-1], path.name.removesuffix(".pt")) if p != "weights"] for path in whole]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
 def write_report(folder: Path, result: dict[str, Any], sections: Sequence[Section]) -> None:

@@ -11,21 +11,19 @@ Effective rank: ``exp(−Σ p ln p)`` with p = σ/Σσ (Roy & Vetterli, *The eff
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from yolo_sos.core import FinalLayer, Gram, GroupedGram, Method, Task, has_background, weight_matrix
-from yolo_sos.core.gram import as_float64
-from yolo_sos.core.solver import OK
-from yolo_sos.core.weighting import weighted_rows
+from yolo_sos.core import Engine, FinalLayer, Method, Moments, as_float64, weight_matrix
+from yolo_sos.core.solvers import solve
 
 LEVELS = (0.9, 0.99, 0.999, 0.9999)  # of the inputs' energy Σλ
 RANKS = (0.125, 0.25, 0.5, 0.75)  # sos_rank, fractions of d
 BUDGETS = (0.003, 0.01, 0.03, 0.1)  # sos_budget
+ALL_ROWS = Method("full")  # whose second moment counts all rows alike
 
 
 @dataclass(frozen=True)
@@ -45,122 +43,69 @@ class Spectrum:
     levels: list[dict[str, float]]
 
     @classmethod
-    def of(cls, gram: Gram, weight: Tensor) -> Spectrum:
-        """Return the spectrum of ``gram`` ``(d, d)`` against V ``(out, d)``."""
-        g = gram.matrix / (gram.matrix.trace() or 1.0)
+    def of(cls, moments: Moments, weight: Tensor) -> Spectrum:
+        """Return the spectrum of a second moment ``(d, d)`` against V ``(out, d)``."""
+        g = moments.matrix / (moments.matrix.trace() or 1.0)
         values, vectors = torch.linalg.eigh((g + g.T) / 2)
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
         v = as_float64(weight).to(g.device)
         energy = (v @ vectors).square().sum(0)
-        outside = 1 - energy.cumsum(0) / (energy.sum() or 1.0)
+        outside = (1 - energy.cumsum(0) / (energy.sum() or 1.0)).clamp(min=0).tolist()
         sigma = values.sqrt()
         p = sigma[sigma > 0] / sigma.sum()
         reached = values.cumsum(0)
         levels = []
         for level in LEVELS:
             # Rounding must not push the last level beyond the last direction.
-            rank = min(int((reached < level * float(reached[-1])).sum()) + 1, gram.d)
-            levels.append({"energy": level, "rank": rank, "outside": max(float(outside[rank - 1]), 0.0)})
-        return cls(sigma.tolist(), float((-(p * p.log()).sum()).exp()), outside.clamp(min=0).tolist(), levels)
+            rank = min(int((reached < level * float(reached[-1])).sum()) + 1, moments.d)
+            levels.append({"energy": level, "rank": rank, "outside": outside[rank - 1]})
+        return cls(sigma.tolist(), float((-(p * p.log()).sum()).exp()), outside, levels)
 
 
-@dataclass(frozen=True)
-class LayerSpectrum:
-    """The inputs of one final layer.
-
-    Attributes:
-        name (str): Qualified name of the layer.
-        kind (str): See ``FinalLayer.kind``.
-        scale (int): Detection level.
-        d (int): Length of an input row.
-        rows (int): Rows seen.
-        norm (float): ‖V‖_F.
-        unweighted (Spectrum): All rows alike.
-        weighted (Spectrum): With the weighting that shifts use.
-        settings (list[dict]): What ``sos_rank`` (method principal) and ``sos_budget`` would do: ``setting``, ``value``,
-            ``rank``, ``norm_ratio`` (‖V*‖²/‖V‖²) and ``deviation`` of the outputs, weighted.
-    """
-
-    name: str
-    kind: str
-    scale: int
-    d: int
-    rows: int
-    norm: float
-    unweighted: Spectrum
-    weighted: Spectrum
-    settings: list[dict[str, Any]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return asdict(self)
+def spectrum_methods(weighting: str) -> list[tuple[Method, int]]:
+    """Return the methods, with their seeds, that an engine must accumulate for ``layer_spectrum``."""
+    return [(ALL_ROWS, 0), (Method(weighting=weighting), 0)]
 
 
-class Inputs:
-    """Second moments of the final layers' inputs, streaming: unweighted, and with the weighting of shifts.
+def layer_spectrum(engine: Engine, layer: FinalLayer, weighting: str) -> dict[str, Any]:
+    """Return what is known of the inputs of one final layer, as plain values.
 
     Args:
-        task (Task): Judges rows.
-        layers (Sequence[FinalLayer]): All final layers.
-        weighting (str): ``balanced``, ``confidence`` or ``uniform``.
+        engine (Engine): One of ``spectrum_methods(weighting)`` that has been fitted.
+        layer (FinalLayer): One of its layers.
+        weighting (str): The weighting that shifts use.
+
+    Returns:
+        (dict): ``name``, ``kind`` and ``level`` of the layer; ``d``, length of an input row; ``rows`` seen; ``norm``,
+            ‖V‖_F; ``unweighted``, a ``Spectrum`` of all rows alike, and ``weighted``; ``settings``: what ``sos_rank``
+            (method principal) and ``sos_budget`` would do: ``setting``, ``value``, ``rank``, ``squared_norm_ratio``
+            (‖V*‖²/‖V‖²) and ``deviation`` of the outputs, weighted.
     """
-
-    def __init__(self, task: Task, layers: Sequence[FinalLayer], weighting: str = "balanced"):
-        """Start empty."""
-        self.task, self.layers, self.weighting = task, list(layers), weighting
-        self.plain = {layer.name: Gram(self._d(layer)) for layer in layers}
-        self.weighted = {layer.name: self._grouped(layer) for layer in layers}
-
-    def _grouped(self, layer: FinalLayer) -> GroupedGram:
-        return GroupedGram(self._d(layer), background=has_background(self.weighting, layer.kind))
-
-    @staticmethod
-    def _d(layer: FinalLayer) -> int:
-        return weight_matrix(layer.module).shape[1]
-
-    def update(self, inputs: dict[str, Tensor], batch: Any) -> None:
-        """Add a batch's inputs, layer name → tensor as the layer receives it."""
-        weighted = weighted_rows(self.task, self.layers, self.layers, [self.weighting], inputs, batch)
-        for layer, rows, weights in weighted:
-            self.plain[layer.name].update(rows)
-            self.weighted[layer.name].update(rows, weights[self.weighting])
-
-    def shifts(self, method: Method) -> dict[str, Tensor]:
-        """Return what a shift by a spectral method would write, layer name → ``(out, d)``."""
-        return {
-            layer.name: method.solve(self.weighted[layer.name], weight_matrix(layer.module)).weight
-            for layer in self.layers
-        }
-
-    def spectra(self) -> list[LayerSpectrum]:
-        """Return the spectrum of each layer, in order."""
-        return [self._spectrum(layer) for layer in self.layers]
-
-    def _spectrum(self, layer: FinalLayer) -> LayerSpectrum:
-        weight, plain, weighted = weight_matrix(layer.module), self.plain[layer.name], self.weighted[layer.name]
-        trials = [("sos_rank", r, Method("principal", rank=r)) for r in RANKS]
-        trials += [("sos_budget", b, Method("budget", budget=b)) for b in BUDGETS]
-        settings = []
-        for setting, value, method in trials:
-            result = method.solve(weighted, weight)
-            ratio = (result.norm_after / result.norm_before) ** 2 if result.status == OK and result.norm_before else 1.0
-            settings.append(
-                {
-                    "setting": setting,
-                    "value": value,
-                    "rank": result.rank,
-                    "norm_ratio": ratio,
-                    "deviation": result.deviation,
-                }
-            )
-        return LayerSpectrum(
-            name=layer.name,
-            kind=layer.kind,
-            scale=layer.scale,
-            d=self._d(layer),
-            rows=plain.rows,
-            norm=float(as_float64(weight).norm()),
-            unweighted=Spectrum.of(plain, weight),
-            weighted=Spectrum.of(weighted.gram, weight),
-            settings=settings,
+    weight = weight_matrix(layer.module)
+    unweighted = engine.moments(layer, ALL_ROWS)
+    weighted = engine.moments(layer, Method(weighting=weighting))
+    trials = [("sos_rank", rank, Method("principal", rank=rank)) for rank in RANKS]
+    trials += [("sos_budget", budget, Method("budget", budget=budget)) for budget in BUDGETS]
+    settings = []
+    for setting, value, method in trials:
+        result = solve(method, weighted, weight)
+        settings.append(
+            {
+                "setting": setting,
+                "value": value,
+                "rank": result.rank,
+                "squared_norm_ratio": (result.norm_after / result.norm_before) ** 2 if result.norm_before else 1.0,
+                "deviation": result.deviation,
+            }
         )
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "level": layer.level,
+        "d": unweighted.d,
+        "rows": unweighted.rows,
+        "norm": float(as_float64(weight).norm()),
+        "unweighted": asdict(Spectrum.of(unweighted, weight)),
+        "weighted": asdict(Spectrum.of(weighted, weight)),
+        "settings": settings,
+    }

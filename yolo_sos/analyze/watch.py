@@ -1,9 +1,8 @@
 # yolo-sos, AGPL-3.0
-"""What a training measures of itself every few epochs: a trace and the neural collapse."""
+"""Measure a training every few epochs: curvature before the final layers, and neural collapse."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from typing import Any
@@ -12,7 +11,8 @@ from torch import nn
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolo_sos.analyze.collapse import NAMES, Collapse, class_layers, collect, mean_measures
+from yolo_sos.analyze import curves
+from yolo_sos.analyze.collapse import MEASURES, Collapse, class_layers, collect, mean_measures
 from yolo_sos.analyze.hessian import Subject, traces
 from yolo_sos.analyze.report import digits
 from yolo_sos.core import Engine
@@ -24,13 +24,6 @@ from yolo_sos.yolo.training import PREFIX, TrainerExtension
 PROBES = 8
 CURVATURE = 8  # images
 FEATURES = 64  # images
-# Without "loss" and "metric" in their names: Ultralytics plots columns that have them into results.png.
-COLUMNS = ("trace", "trace_stderr", "gauss_newton", "gauss_newton_stderr", *NAMES)
-
-
-def columns(measured: dict[str, float] | None = None) -> dict[str, float]:
-    """Return the ``sos/*`` columns of an epoch; nan where nothing was measured."""
-    return {f"sos/{name}": (measured or {}).get(name, math.nan) for name in COLUMNS}
 
 
 def log_line(measured: dict[str, float]) -> str:
@@ -39,7 +32,7 @@ def log_line(measured: dict[str, float]) -> str:
         f"{title} {digits(measured[key], 4)} ± {digits(measured[f'{key}_stderr'], 2)}"
         for key, title in (("trace", "Hessian trace"), ("gauss_newton", "Gauss-Newton trace"))
     ]
-    return ", ".join([*traces, *(f"{name} {digits(measured[name], 3)}" for name in NAMES)])
+    return ", ".join([*traces, *(f"{name} {digits(measured[name], 3)}" for name in MEASURES)])
 
 
 def measure(
@@ -54,10 +47,10 @@ def measure(
         seed (int): Of the probes.
 
     Returns:
-        (dict[str, float]): By the names of ``COLUMNS``.
+        (dict[str, float]): By the names of ``curves.COLUMNS``.
     """
     copied = deepcopy(model).float()
-    # A validation leaves anchor points there that were made in inference mode, which cannot take part in a graph.
+    # A validation leaves anchor points there, made in inference mode, which cannot be part of a graph.
     head_of(copied).shape = None  # type: ignore[assignment]
     task = YoloTask(copied)
     subject = Subject("model", copied, task, task.layers)
@@ -82,19 +75,19 @@ def measure(
 
 
 class Watching(TrainerExtension):
-    """What a trainer does more with ``sos_analyze``: it measures the EMA, as it is validated and saved."""
+    """Adds ``sos_analyze`` to a trainer: measures the EMA, which is what is validated and saved."""
 
-    _watch_columns = columns()
+    _watch_columns = curves.columns()
 
     def __init__(self, *args: Any, **kwargs: Any):
-        """Refuse an interval that the run never completes."""
+        """Refuse an interval that is longer than the run."""
         super().__init__(*args, **kwargs)
         every = self.sos.sos_analyze
         if every is not None and every > self.args.epochs:
             raise ValueError(f"sos_analyze={every} is more than epochs={self.args.epochs}: nothing would be measured.")
 
     def _setup_train(self) -> None:
-        """Set up; a model without final layers raises now."""
+        """Set up as Ultralytics does; a model without final layers raises here."""
         super()._setup_train()
         if self.sos.sos_analyze is not None and RANK in {-1, 0}:
             final_layers(unwrap_model(self.model))
@@ -109,7 +102,7 @@ class Watching(TrainerExtension):
                 with preserve_rng():
                     measured = measure(self.ema.ema, self._watched_batches, seed=self.args.seed)
                 LOGGER.info(PREFIX + log_line(measured))
-            self._watch_columns = columns(measured)
+            self._watch_columns = curves.columns(measured)
         super().run_callbacks(event)
 
     def _watched_batches(self, images: int) -> Iterator[dict[str, Any]]:
@@ -127,6 +120,4 @@ class Watching(TrainerExtension):
         """Plot as Ultralytics does, and the curves of what was measured."""
         super().plot_metrics()
         if self.sos.sos_analyze is not None:
-            from yolo_sos.analyze import curves  # which reads this module's columns
-
             curves.plot(self.csv, self.save_dir / "analyze.png", self.on_plot)

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -52,7 +53,7 @@ class InputCapture:
         self.clear()
 
     def clear(self) -> None:
-        """Release what was captured, such as that of a forward pass for warming up."""
+        """Release what was captured."""
         self._inputs = {}
 
     def take(self) -> dict[str, Tensor]:
@@ -89,13 +90,15 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         TypeError: If parts of the model are compiled and this torch cannot run them as they were written.
     """
     modes = [(module, module.training) for module in model.modules()]
-    compiled = any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules())
-    if compiled and not hasattr(torch.compiler, "set_stance"):
-        raise TypeError(
-            "Parts of the model are compiled by torch.compile, where inputs cannot be captured. Use the module that "
-            "was compiled, or torch 2.6 or newer."
-        )
-    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    eager: AbstractContextManager = nullcontext()
+    if "torch._dynamo" in sys.modules:  # else nothing has been compiled, and importing it takes seconds
+        if hasattr(torch.compiler, "set_stance"):
+            eager = torch.compiler.set_stance("force_eager")
+        elif any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules()):
+            raise TypeError(
+                "Parts of the model are compiled by torch.compile, where inputs cannot be captured. Use the module "
+                "that was compiled, or torch 2.6 or newer."
+            )
     try:
         model.eval()
         with torch.no_grad(), eager:

@@ -135,9 +135,8 @@ class Engine:
         check_unshared(model, self.layers)
         self.watched = list({layer.name: layer for layer in (*task.layers, *layers)}.values())
         self.watch = Stopwatch(self.layers[0].module.weight.device)  # type: ignore[arg-type]
-        self._accumulators: dict[tuple[Any, ...], dict[str, Moments | RowSample]] = {
-            _cache_key(method, seed): {} for method, seed in trials
-        }
+        self._trials = {_cache_key(method, seed): (method, seed) for method, seed in trials}
+        self._accumulators: dict[tuple[Any, ...], dict[str, Moments | RowSample]] = {key: {} for key in self._trials}
 
     def run(
         self, batches: Iterable[Any], add: Callable[[Any, Any, dict[str, Tensor]], None], phase: str = "forward"
@@ -152,35 +151,43 @@ class Engine:
         with evaluation(self.model), InputCapture(self.watched) as capture:
             for batch in batches:
                 self.watch.lap("sample")
-                capture.clear()  # a replay of the last batch ran the layers, too
                 output = self.task.run(self.model, batch)
                 inputs = capture.take()
                 self.watch.lap("forward")
                 add(batch, output, inputs)
                 del output, inputs
+                capture.clear()  # of what ran the layers once more, such as a replayed loss
                 self.watch.lap(phase)
 
-    def fit(self, batches: Iterable[Any]) -> None:
+    def fit(self, batches: Iterable[Any], observe: Callable[[Any, Any, dict[str, Tensor]], None] | None = None) -> None:
         """Accumulate what the methods need of the final layers' inputs.
+
+        Args:
+            batches (Iterable): Batches of the task, read once.
+            observe (Callable, optional): Called with each batch, its output and the inputs of all layers, as ``add`` of
+                ``run``, for what else is to be measured in the same pass.
 
         Raises:
             ValueError: If no batch had a row.
             RuntimeError: If a layer does not run exactly once in a forward pass.
         """
-        generators = {key: torch.Generator().manual_seed(key[-1] if len(key) > 1 else 0) for key in self._accumulators}
+        trials = {key: (m, torch.Generator().manual_seed(seed)) for key, (m, seed) in self._trials.items()}
 
         def add(batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
             rows = LayerRows(self.task, self.watched, inputs, batch)
             for layer in self.layers:
-                for key, accumulators in self._accumulators.items():
+                for key, (method, generator) in trials.items():
+                    accumulators = self._accumulators[key]
                     if layer.name not in accumulators:
-                        accumulators[layer.name] = _accumulator(key, layer, rows.classes(layer), generators[key])
+                        accumulators[layer.name] = _accumulator(method, layer, rows.classes(layer), generator)
                     accumulator = accumulators[layer.name]
-                    groups, weights = rows.groups(layer, key[0])
+                    groups, weights = rows.groups(layer, _weighting(method))
                     if isinstance(accumulator, Moments):
                         accumulator.update(rows.of(layer), weights)
                     else:
                         accumulator.update(rows.of(layer), groups, weights)
+            if observe is not None:
+                observe(batch, output, inputs)
 
         self.run(batches, add, "rows")
         if not any(a.rows for of in self._accumulators.values() for a in of.values()):
@@ -229,16 +236,12 @@ class Engine:
             return 0.0, before, before
         if heldout is None or not heldout.images:
             return largest, math.nan, math.nan
-        if guard is None:
-            after = heldout.loss(shift.weights(largest))
-            self.watch.lap("guard")
-            return largest, before, after
-        for step in (part * largest for part in STEPS) if math.isfinite(before) else ():
+        for step in (largest,) if guard is None else tuple(part * largest for part in STEPS):
             after = heldout.loss(shift.weights(step))
-            if after <= before + guard * abs(before):  # False for a loss of NaN
-                self.watch.lap("guard")
+            self.watch.lap("guard")
+            # False for a loss of NaN, before or after; an infinite one has no relative rise.
+            if guard is None or (after <= before + guard * abs(before) and math.isfinite(before)):
                 return step, before, after
-        self.watch.lap("guard")
         return 0.0, before, before
 
     def write(self, shift: Shift, step: float, optimizer_state: Mapping[str, Sequence[Tensor]] | None = None) -> None:
@@ -316,7 +319,10 @@ class HeldOut:
         Raises:
             RuntimeError: If the outputs that the final layers give on their inputs do not give the model's loss.
         """
-        size, loss = self.task.size(batch), float(self.task.loss(output, batch))
+        size = self.task.size(batch)
+        if size == 0:  # the mean over no image is not a number
+            return
+        loss = float(self.task.loss(output, batch))
         self.images += size
         self._total += size * loss
         state = self.task.replay_state(batch, output)
@@ -380,25 +386,26 @@ def temporary_weights(layers: Sequence[FinalLayer], weights: dict[str, Tensor]) 
             write_weight(layer.module, own)
 
 
+def _weighting(method: Method) -> str:
+    return "uniform" if method.name == "full" else method.weighting  # the span of all rows has no weights
+
+
 def _cache_key(method: Method, seed: int) -> tuple[Any, ...]:
     """Return what tells accumulators apart: the weighting and, for drawn rows, how many and by which seed."""
-    if method.name == "rows":
-        return (method.weighting, method.rank, seed)
-    return ("uniform" if method.name == "full" else method.weighting,)  # the span of all rows has no weights
+    drawn = (str(method.rank), seed) if method.name == "rows" else ()  # as words: 1 row is not 1.0, all of them
+    return (_weighting(method), *drawn)
 
 
-def _accumulator(
-    key: tuple[Any, ...], layer: FinalLayer, classes: int, generator: torch.Generator
-) -> Moments | RowSample:
-    """Return the accumulator of a layer's rows for a ``_cache_key``.
+def _accumulator(method: Method, layer: FinalLayer, classes: int, generator: torch.Generator) -> Moments | RowSample:
+    """Return the accumulator of a layer's rows.
 
     A single group has its exact second moment. Several groups have the mean of theirs, which needs the mass of each,
     known only at the end: so a sample of the rows is held until then.
     """
-    weighting, *drawn = key
-    d = weight_matrix(layer.module).shape[1]
+    d, weighting = weight_matrix(layer.module).shape[1], _weighting(method)
     groups, background = classes if weighting == "balanced" else 1, has_background(weighting, layer.kind)
-    if not drawn and groups + background == 1:
+    if method.name == "rows":
+        return RowSample(d, groups, method.rank_of(d), generator, background=background)
+    if groups + background == 1:
         return Moments(d)
-    size = Method("rows", drawn[0]).rank_of(d) if drawn else max(CAPACITY // (4 * d), d)
-    return RowSample(d, groups, size, generator, background=background)
+    return RowSample(d, groups, max(CAPACITY // (4 * d), d), generator, background=background)

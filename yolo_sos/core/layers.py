@@ -11,8 +11,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-Layers: TypeAlias = str | nn.Module | Sequence[str | nn.Module]
-
 
 @dataclass(frozen=True)
 class FinalLayer:
@@ -40,6 +38,9 @@ class FinalLayer:
             object.__setattr__(self, "classifier", self.name)
 
 
+Layers: TypeAlias = str | nn.Module | FinalLayer | Sequence[str | nn.Module | FinalLayer]
+
+
 def check_linear(module: nn.Module, name: str = "layer") -> None:
     """Raise a ``TypeError`` or ``ValueError`` that names the layer unless it maps rows linearly.
 
@@ -53,6 +54,14 @@ def check_linear(module: nn.Module, name: str = "layer") -> None:
         raise ValueError(
             f"{name} computes its weight from other parameters (weight norm, pruning): a new weight would be lost."
         )
+    base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+    if type(module).forward is not base.forward:
+        raise TypeError(
+            f"{name} is a {type(module).__name__}, which does not compute its outputs as nn.{base.__name__} does "
+            "(adapters, fake quantization): it is not known to be linear in its weight."
+        )
+    if not module.weight.is_floating_point():
+        raise TypeError(f"{name} has a weight of {module.weight.dtype}: a quantized layer cannot be shifted.")
     if isinstance(module, nn.Linear):
         return
     if module.groups != 1:
@@ -93,17 +102,24 @@ def select_layers(model: nn.Module, layers: Layers) -> list[FinalLayer]:
 
     Args:
         model (nn.Module): The model.
-        layers (str | nn.Module | Sequence): A module of the model, its qualified name, a glob of names (``head.*``), or
-            several of these. Of what a glob matches, only ``nn.Linear`` and ``nn.Conv2d`` are taken.
+        layers (str | nn.Module | FinalLayer | Sequence): A module of the model, its qualified name, a glob of names
+            (``head.*``), a ``FinalLayer``, or several of these. Of what a glob matches, only ``nn.Linear`` and
+            ``nn.Conv2d`` are taken.
 
     Raises:
         ValueError: If something names no layer of the model, or a layer is not linear; names it.
-        TypeError: If a named module is not a linear layer.
+        TypeError: If a named module is not a linear layer, or ``layers`` is of another type.
     """
+    items = [layers] if isinstance(layers, (str, nn.Module, FinalLayer)) else layers
+    if not isinstance(items, Sequence) or not all(isinstance(item, (str, nn.Module, FinalLayer)) for item in items):
+        raise TypeError(f"layers={layers!r} is invalid: layers must be modules, names or globs of names.")
     modules = dict(model.named_modules())
     names = {module: name for name, module in modules.items()}
     found: dict[str, FinalLayer] = {}
-    for item in [layers] if isinstance(layers, (str, nn.Module)) else layers:
+    for item in items:
+        if isinstance(item, FinalLayer):
+            found[item.name] = item
+            continue
         if isinstance(item, nn.Module):
             if item not in names:
                 raise ValueError(f"{type(item).__name__}(…) is not a module of this {type(model).__name__}.")
@@ -122,8 +138,8 @@ def select_layers(model: nn.Module, layers: Layers) -> list[FinalLayer]:
                 f"layers='{item}' names no nn.Linear or nn.Conv2d of this {type(model).__name__}. Its last ones: "
                 f"{', '.join(linear[-5:]) or 'none'}."
             )
-        for name in matches:
-            found[name] = FinalLayer(name, modules[name])
+        for module in (getattr(modules[name], "_orig_mod", modules[name]) for name in matches):  # of torch.compile
+            found[names[module]] = FinalLayer(names[module], module)
     if not found:
         raise ValueError("layers is empty: there is no layer to shift.")
     return list(found.values())
@@ -144,7 +160,9 @@ def last_layer(model: nn.Module, run: Callable[[], Any]) -> FinalLayer:
     handles = [
         module.register_forward_hook(lambda *_, name=name: order.append(name))  # type: ignore[misc]
         for name, module in model.named_modules()
-        if module._parameters or "quantized" in type(module).__module__
+        if "quantized" in type(module).__module__
+        # A module that has others returns after they do, whatever it uses its own parameters for.
+        or (set(module._modules) <= {"parametrizations"} and next(module.parameters(), None) is not None)
     ]
     try:
         run()

@@ -112,14 +112,15 @@ class RowSample:
         self.generator = generator
         self._turn = torch.randperm(groups + background, generator=generator)  # in which the rest is assigned
         self._threshold = torch.zeros(groups + background, dtype=torch.float64)  # τ of each group
-        # Of the rows held: features, group, weight, priority; in parts, as they arrived since the last selection.
-        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        # Of the rows held: features, index into them, group, weight, priority; in parts, as they arrived.
+        self._parts: list[tuple[Tensor, ...]] = []
 
     def update(self, features: Tensor, groups: Tensor, weights: Tensor) -> None:
         """Offer rows.
 
         Args:
-            features (Tensor): ``(n, d)``, any float dtype and device.
+            features (Tensor): ``(n, d)``, any float dtype and device. They may be kept without a copy: do not write
+                into them afterwards.
             groups (Tensor): ``(n,)`` int64, the group of each row.
             weights (Tensor): ``(n,)``, non-negative; a row of weight 0 is never drawn for its group.
 
@@ -133,34 +134,38 @@ class RowSample:
                 f"not fit: expected (n, {self.d}), (n,) and (n,)."
             )
         self.rows += n
-        features, group, weight = features.detach(), groups.detach().cpu(), weights.detach().double().cpu()
-        index = torch.arange(n)
+        features, group, weight, index = features.detach(), groups.cpu(), as_float64(weights).cpu(), torch.arange(n)
         if self.background:
-            index = torch.cat([index, index])
+            index = index.repeat(2)
             group = torch.cat([group, torch.full_like(group, len(self._turn) - 1)])
             weight = torch.cat([weight, torch.ones_like(weight)])
         priority = weight / (1.0 - torch.rand(len(weight), dtype=torch.float64, generator=self.generator))  # u > 0
-        if not (features.sum(dtype=torch.float64) if features.is_floating_point() else features.sum()).isfinite():
-            bad = ~features.isfinite().all(1).cpu()
-            priority = priority.masked_fill(bad[index], torch.inf)
-        # Always keep non-finite rows, so that the solver reports them.
+        # Always keep non-finite rows, so that the solver reports them. One sum tells whether there are any.
+        if not features.sum(dtype=torch.promote_types(features.dtype, torch.float32)).isfinite():
+            priority[~features.isfinite().all(1).cpu()[index]] = torch.inf
         priority = priority.nan_to_num(nan=torch.inf, posinf=torch.inf)
         stays = (priority > self._threshold[group]).nonzero()[:, 0]
-        self._parts.append((features[index[stays].to(features.device)], group[stays], weight[stays], priority[stays]))
-        if sum(len(part[0]) for part in self._parts) > 2 * self.size:  # seldom: a selection copies what stays
+        index = index[stays]
+        if len(stays) < n:  # not a view: the rows that do not stay would remain in memory
+            features, index = features[index.to(features.device)], torch.arange(len(stays))
+        self._parts.append((features, index, group[stays], weight[stays], priority[stays]))
+        if sum(len(part[0]) for part in self._parts) > 2 * self.size:  # seldom: a selection sorts, and copies rows
             self._select()
 
     def _select(self) -> None:
         """Keep each group's rows of largest priority, as many as it may have, and raise its threshold."""
-        features, group, weight, priority = (torch.cat(x) for x in zip(*self._parts, strict=True))
+        group, weight, priority = (torch.cat(x) for x in list(zip(*self._parts, strict=True))[2:])
         order = priority.argsort(descending=True, stable=True)
         order = order[group[order].argsort(stable=True)]  # by group, and by priority within it
         place = torch.arange(len(order)) - torch.searchsorted(group[order], group[order])
-        stays = place < self._quotas()[group[order]]
+        # A group that may have no row still keeps a non-finite one.
+        stays = (place < self._quotas()[group[order]]) | (place == 0) & priority[order].isinf()
         gone = order[~stays]
         self._threshold.scatter_reduce_(0, group[gone], priority[gone], "amax")
-        order = order[stays]
-        self._parts = [(features[order.to(features.device)], group[order], weight[order], priority[order])]
+        mask = torch.zeros(len(order), dtype=torch.bool).index_fill_(0, order[stays], True)
+        masks = mask.split([len(part[1]) for part in self._parts])
+        rows = torch.cat([x[i[m].to(x.device)] for (x, i, *_), m in zip(self._parts, masks, strict=True)])
+        self._parts = [(rows, torch.arange(len(rows)), group[mask], weight[mask], priority[mask])]
 
     def _quotas(self) -> Tensor:
         """Return how many rows each group may have, ``(groups,)``."""
@@ -169,7 +174,7 @@ class RowSample:
 
     @property
     def sample(self) -> Tensor:
-        """The rows drawn, ``(at most size, d)``, in the features' dtype and device, grouped."""
+        """The rows drawn, ``(at most size, d)``, in the features' dtype and device, as they arrived."""
         if not self._parts:
             return torch.empty(0, self.d)
         self._select()
@@ -181,9 +186,9 @@ class RowSample:
         total = Moments(self.d)
         if self._parts:
             self._select()
-            ((features, group, weight, _),) = self._parts
+            ((features, _, group, weight, _),) = self._parts
             weight = torch.maximum(weight, self._threshold[group])
             mass = torch.zeros_like(self._threshold).scatter_add_(0, group, weight)
-            total.update(features, (weight / mass[group]).to(features.device))
+            total.update(features, weight / mass[group])
         total.rows = self.rows
         return total

@@ -82,15 +82,13 @@ class ShiftReport:
         return sum(layer.deviation for layer in self.layers) / len(self.layers)
 
     def __str__(self) -> str:
-        """Return one line: what became smaller, and what happened to outputs and loss."""
-        loss = (
-            "not measured, for there are no held-out batches"
-            if math.isnan(self.heldout_before)
-            else f"{self.heldout_before:.4g} → {self.heldout_after:.4g}"
-        )
+        """Return one line: which layers, what became smaller, and what happened to outputs and loss."""
+        names = [layer.name for layer in self.layers]
+        what = ", ".join(names) if len(names) <= 2 else f"{len(names)} layers"
+        loss = "unknown" if math.isnan(self.heldout_before) else f"{self.heldout_before:.4g} → {self.heldout_after:.4g}"
         guard = ", no guard" if self.guard is None else ""
         status = "" if self.status == OK else f", {self.status}"
         return (
-            f"squared norm ×{self.squared_norm_ratio:.3f}, rank {self.rank:.1f}, deviation {self.deviation:.2g}, "
-            f"held-out loss {loss}{guard}, t={self.step:g}{status}"
+            f"{what}: squared norm ×{self.squared_norm_ratio:.3f}, rank {self.rank:.1f}, "
+            f"deviation {self.deviation:.2g}, held-out loss {loss}{guard}, t={self.step:g}{status}"
         )

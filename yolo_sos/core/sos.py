@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -49,12 +50,12 @@ class SOS:
     Args:
         model (nn.Module): The model, on one device. It is shifted in place.
         layers (str | nn.Module | Sequence, optional): The final layers: modules, names or globs such as ``"head.*"``,
-            see ``select_layers``. None: the layer that runs last, see ``last_layer``.
-        method (str | Method): Name of a method, or a ``Method``, which then holds the four settings that follow.
-        rank (int | float): Rank kept, see ``Method``.
-        budget (float): Of method ``budget``, see ``Method``.
-        solver (str): Of method ``rows``, see ``Method``.
-        weighting (str): Whose outputs matter, see ``Method``.
+            see ``select_layers``. None: the layer that runs last, see ``last_layer``; the report names it.
+        method (str | Method): A ``Method``, or the name of one.
+        rank (int | float, optional): Rank kept, in place of the method's own, see ``Method``.
+        budget (float, optional): Likewise.
+        solver (str, optional): Likewise.
+        weighting (str, optional): Likewise.
         start (float): Fraction of the epochs before the first shift, in [0, 1]; 1: once, after the last epoch.
         interval (int): Epochs from one shift to the next.
         step (float): Largest step size t of ``V + t(V* − V)``, above 0 and up to 1.
@@ -83,13 +84,13 @@ class SOS:
     def __init__(
         self,
         model: nn.Module,
-        layers: Layers | Sequence[FinalLayer] | None = None,
+        layers: Layers | None = None,
         *,
         method: str | Method = "principal",
-        rank: int | float = 0.5,
-        budget: float = 0.01,
-        solver: str = "svd",
-        weighting: str = "balanced",
+        rank: int | float | None = None,
+        budget: float | None = None,
+        solver: str | None = None,
+        weighting: str | None = None,
         start: float = 0.5,
         interval: int = 5,
         step: float = 1.0,
@@ -102,7 +103,11 @@ class SOS:
     ):
         """Check the settings and find the layers."""
         self.model = original_module(model)
-        self.method = method if isinstance(method, Method) else Method(method, rank, budget, solver, weighting)
+        given: dict[str, Any] = {"rank": rank, "budget": budget, "solver": solver, "weighting": weighting}
+        self.method = replace(
+            method if isinstance(method, Method) else Method(method),
+            **{key: value for key, value in given.items() if value is not None},
+        )
         self.start = checks.start("start", start)
         self.interval = checks.interval("interval", interval)
         self.largest = checks.step("step", step)
@@ -111,13 +116,8 @@ class SOS:
         self.seed = seed
         self._task = task or ModelTask(criterion, forward)
         self._moves_batches = task is None
-        self.layers = None if layers is None else self._found(layers)
+        self.layers = None if layers is None else select_layers(self.model, layers)
         self.shifts = 0  # made or refused so far
-
-    def _found(self, layers: Layers | Sequence[FinalLayer]) -> list[FinalLayer]:
-        if isinstance(layers, (str, nn.Module)) or not all(isinstance(layer, FinalLayer) for layer in layers):
-            return select_layers(self.model, layers)  # type: ignore[arg-type]
-        return list(layers)  # type: ignore[arg-type]
 
     def step(self, epoch: int, epochs: int, batches: Iterable[Any], heldout: Iterable[Any] = ()) -> ShiftReport | None:
         """Shift at the end of an epoch if it is time to, see ``is_due``.
@@ -144,7 +144,8 @@ class SOS:
 
         Args:
             batches (Iterable): Batches of training data to fit on, read once.
-            heldout (Iterable): Other batches, for the guard, read once. Empty: no guard, and the report says so.
+            heldout (Iterable): Other batches, for the guard, read once and kept in memory. Empty: no guard, and the
+                report says so.
             seed (int, optional): Seeds the drawing of rows. None: another one for each call.
 
         Returns:
@@ -186,7 +187,7 @@ class SOS:
     def _on_device(self, batches: Iterable[Any]) -> Iterator[Any]:
         if not self._moves_batches:
             return iter(batches)
-        device = next(self.model.parameters()).device
+        device = next(self.model.parameters(), torch.empty(0)).device
         return (to_device(batch, device) for batch in batches)
 
     def momentum(self, layer: FinalLayer) -> list[Tensor]:

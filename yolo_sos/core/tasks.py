@@ -92,8 +92,17 @@ class ModelTask:
 
         Raises:
             ValueError: If it is no scalar.
+            TypeError: If the output or the targets are none that the default criterion takes.
         """
-        loss = self.criterion(output, _targets(batch))
+        targets = _targets(batch)
+        if self.criterion is nn.functional.cross_entropy and not (
+            isinstance(output, Tensor) and isinstance(targets, Tensor)
+        ):
+            raise TypeError(
+                f"The model returned a {type(output).__name__} and the targets are a {type(targets).__name__}; "
+                "cross_entropy, the default criterion, takes two tensors. Pass criterion=lambda output, targets: …"
+            )
+        loss = self.criterion(output, targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(

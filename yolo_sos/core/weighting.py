@@ -72,7 +72,7 @@ class LayerRows:
         self._layers = {layer.name: layer for layer in layers}
         self._rows: dict[str, Tensor] = {}
         self._probabilities: dict[str, Tensor] = {}
-        self._groups: dict[tuple[str, str, bool], tuple[Tensor, Tensor]] = {}
+        self._groups: dict[tuple[str, str, bool | str], tuple[Tensor, Tensor]] = {}
 
     def of(self, layer: FinalLayer) -> Tensor:
         """Return a layer's input rows, ``(n, d)``."""
@@ -82,7 +82,7 @@ class LayerRows:
 
     def groups(self, layer: FinalLayer, weighting: str) -> tuple[Tensor, Tensor]:
         """Return the group and the weight of each of a layer's rows, see ``row_groups``."""
-        key = layer.classifier, weighting, layer.kind in {"cls", "linear"}
+        key = layer.classifier, weighting, weighting == "confidence" and layer.kind
         if key not in self._groups:
             # A label has no uncertainty; how decided a row is, only the prediction tells.
             predicted = weighting == "confidence" and layer.kind == "linear"
