@@ -253,6 +253,8 @@ def jacobian_moments(subject: Subject, batch: Any, seed: int) -> dict[str, dict[
                     g = torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True)
                     slopes.append(torch.cat([x.flatten() for x in g if x is not None]))
                 jacobian = torch.stack(slopes)
+                if not jacobian.any():
+                    raise ValueError(f"--images: no object on the level of {layer.name}, so there is no M; give more.")
                 found[weighting][layer.name] = (jacobian @ jacobian.T).double()
     return found
 
