@@ -152,12 +152,12 @@ class Engine:
         with evaluation(self.model), InputCapture(self.watched) as capture:
             for batch in batches:
                 self.watch.lap("sample")
-                capture.clear()  # of what `add` ran the layers with
                 output = self.task.run(self.model, batch)
                 inputs = capture.take()
                 self.watch.lap("forward")
                 add(batch, output, inputs)
                 del output, inputs
+                capture.clear()  # of what ran the layers once more, such as a replayed loss
                 self.watch.lap(phase)
 
     def fit(self, batches: Iterable[Any]) -> None:
