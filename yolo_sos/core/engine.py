@@ -151,7 +151,6 @@ class Engine:
         with evaluation(self.model), InputCapture(self.watched) as capture:
             for batch in batches:
                 self.watch.lap("sample")
-                capture.clear()  # of what `add` ran the layers with
                 output = self.task.run(self.model, batch)
                 inputs = capture.take()
                 self.watch.lap("forward")
