@@ -11,7 +11,7 @@ moment of its own, ``G_k = Σᵢ h_ik aᵢᵀaᵢ``: squared slopes ``(∂L/∂z
 (Gauss-Newton, by probes). To second order a change ΔV costs ``½ Σ_k Δv_k G_k Δv_kᵀ``. All filters are set to the same
 norms, those of ``principal``, and compared by held-out loss and val mAP; ``scaling`` does nothing but shrink V.
 
-**What does a shift before the first epoch meet?** With ``--pretrained``: how much the leading subspaces of the
+**What does a shift before the first epoch keep?** With ``--pretrained``: how much the leading subspaces of the
 untrained head's inputs have in common with those of the trained one.
 
 **Can a shift lower the curvature itself?** The Gauss-Newton trace of the layers before V goes as ``tr(V M Vᵀ)`` with
@@ -19,17 +19,19 @@ untrained head's inputs have in common with those of the trained one.
 the leading eigenvectors of the balanced second moment, as ``principal`` does, and chooses the rest to be the least in
 M: ``V* = V U (Uᵀ M⁻¹ U)⁻¹ Uᵀ M⁻¹``. ``ridge-M`` weighs the two, ``V*_k = V_k G_k (G_k + μM)⁻¹``. The trace is then
 measured, with the same probes on the same images for all.
+
+The committed records were made when ``balanced`` counted a row in every class by its probability (now: in its most
+probable class alone). ``norm_ratio`` in them, as in what this script writes, is a ratio of squared norms.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import platform
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -40,85 +42,80 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import TQDM
 
-from yolo_sos import __version__
 from yolo_sos.analyze.estimate import Estimate
 from yolo_sos.analyze.hessian import Subject, differentiable, traces
-from yolo_sos.checkpoint import Workbench
-from yolo_sos.checkpoint.file import Checkpoint
-from yolo_sos.checkpoint.score import headline
-from yolo_sos.config import KINDS
-from yolo_sos.core import FinalLayer, GroupedGram, InputCapture, has_background, row_weights
-from yolo_sos.core.gram import as_float64
-from yolo_sos.core.layers import input_rows, output_rows, weight_matrix, write_weight
-from yolo_sos.core.shift import evaluation, layer_outputs
+from yolo_sos.core import (
+    Engine,
+    Method,
+    as_float64,
+    input_rows,
+    layer_outputs,
+    weight_matrix,
+    write_weight,
+)
 from yolo_sos.files import write_text
-from yolo_sos.heads import HostTask, final_layers
 from yolo_sos.markdown import markdown_table, mean_std
+from yolo_sos.versions import versions
+from yolo_sos.yolo.heads import YoloTask, head_of
+from yolo_sos.yolo.job import CheckpointJob, deviations, heldout_moments
+from yolo_sos.yolo.score import headline
 
+BALANCED = Method()  # its weighting is the one that shifts use by default
 RANKS = (0.125, 0.25, 0.5, 0.75)  # of principal; its norms are those that all filters are set to
 CURVED = (0.25, 0.5)  # those at which curvature is measured
 PROBES = 8  # for the diagonal of ∂²L/∂z², exact in the class scores with one
-Moments = dict[str, Tensor]  # layer name → (out or 1, d, d): one second moment per output, or one for all
+SecondMoments = dict[str, Tensor]  # layer name → (out or 1, d, d): one second moment per output, or one for all
 Weights = dict[str, Tensor]  # layer name → (out, d), float64
 
 
 # What matters ---------------------------------------------------------------------------------------------------------
 def sensitivities(
-    task: HostTask, layers: Sequence[FinalLayer], output: Any, inputs: dict[str, Tensor], batch: Any, seed: int
+    task: YoloTask, output: Any, inputs: dict[str, Tensor], batch: Any, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return squared slopes and curvature of the loss in each layer's outputs: layer name → ``(n, out)``, ≥ 0."""
-    outputs = {name: z.detach().requires_grad_() for name, z in layer_outputs(layers, {}, inputs).items()}
+    outputs = {name: z.detach().requires_grad_() for name, z in layer_outputs(task.layers, {}, inputs).items()}
     size = task.size(batch)  # the loss is a mean over images: each image's own slopes are as many times larger
+    batch, state = task.replay_state(batch, output)
     with torch.enable_grad():
         leaves = list(outputs.values())
-        loss = size * task.loss(task.replay(output, outputs), batch)
+        loss = size * task.loss(task.replay(state, outputs), batch)
         slopes = torch.autograd.grad(loss, leaves, create_graph=True)
         curvature = [torch.zeros_like(z) for z in leaves]
         generator = torch.Generator().manual_seed(seed)
         for _ in range(PROBES):
             probes = [torch.randint(2, z.shape, generator=generator).to(z) * 2 - 1 for z in leaves]
-            pushed = torch.autograd.grad(slopes, leaves, probes, retain_graph=True)
-            curvature = [h + v * p / PROBES for h, v, p in zip(curvature, probes, pushed, strict=True)]
-    modules = {layer.name: layer.module for layer in layers}
-    rows = {name: input_rows(modules[name], s.detach().square()) for name, s in zip(outputs, slopes, strict=True)}
-    bent = {name: input_rows(modules[name], h.clamp(min=0)) for name, h in zip(outputs, curvature, strict=True)}
-    return rows, bent
+            products = torch.autograd.grad(slopes, leaves, probes, retain_graph=True)
+            curvature = [h + v * p / PROBES for h, v, p in zip(curvature, products, probes, strict=True)]
+    pairs = list(zip(task.layers, slopes, curvature, strict=True))
+    return (
+        {layer.name: input_rows(layer.module, slope.detach().square()) for layer, slope, _ in pairs},
+        {layer.name: input_rows(layer.module, h.clamp(min=0)) for layer, _, h in pairs},
+    )
 
 
-def balanced_moments(model: nn.Module, task: HostTask, batches: Iterable[Any]) -> Moments:
-    """Return the second moments that shifts weigh by default."""
-    layers = {layer.name: layer for layer in final_layers(model)}
-    found = {
-        name: GroupedGram(weight_matrix(x.module).shape[1], background=has_background("balanced", x.kind))
-        for name, x in layers.items()
-    }
-    with evaluation(model), InputCapture(list(layers.values())) as capture:
-        for batch in batches:
-            task.forward(model, batch)
-            inputs = capture.take()
-            rows = {name: input_rows(layer.module, inputs[name]) for name, layer in layers.items()}
-            for name, layer in layers.items():
-                logits = output_rows(layers[layer.classifier].module, rows[layer.classifier])
-                found[name].update(rows[name], row_weights("balanced", layer.kind, logits.sigmoid()))
-    return {name: g.gram.matrix[None] for name, g in found.items()}
+def balanced_moments(model: nn.Module, task: YoloTask, batches: Iterable[Any]) -> SecondMoments:
+    """Return the second moments of the default shift."""
+    engine = Engine(model, task.layers, task, [(BALANCED, 0)])
+    engine.fit(batches)
+    return {layer.name: engine.moments(layer, BALANCED).matrix[None] for layer in task.layers}
 
 
-def loss_moments(bench: Workbench, seed: int) -> dict[str, Moments]:
+def loss_moments(job: CheckpointJob, seed: int) -> dict[str, SecondMoments]:
     """Return second moments weighted by the loss's ``slope`` and by its ``curvature``, one for each output."""
-    layers, task = bench.checkpoint.layers, bench.task
-    found: dict[str, Moments] = {"slope": {}, "curvature": {}}
-    with evaluation(bench.model), InputCapture(layers) as capture:
-        for number, batch in enumerate(bench.images.batches("fit")):
-            output = task.forward(bench.model, batch)
-            inputs = capture.take()
-            sensitive = sensitivities(task, layers, output, inputs, batch, seed + number)
-            for layer in layers:
-                rows = input_rows(layer.module, inputs[layer.name])
-                for name, h in zip(found, sensitive, strict=True):
-                    some = h[layer.name].any(1)  # boxes are judged where there is an object
-                    a, w = as_float64(rows[some]), as_float64(h[layer.name][some])
-                    g = torch.stack([(a * column[:, None]).T @ a for column in w.T])  # (out, d, d)
-                    found[name][layer.name] = found[name].get(layer.name, 0) + g
+    found: dict[str, SecondMoments] = {"slope": {}, "curvature": {}}
+    seeds = itertools.count(seed)  # one per batch
+
+    def add(batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
+        sensitive = sensitivities(job.task, output, inputs, batch, next(seeds))
+        for layer in job.layers:
+            rows = input_rows(layer.module, inputs[layer.name])
+            for of, h in zip(found.values(), sensitive, strict=True):
+                some = h[layer.name].any(1)  # boxes are judged where there is an object
+                a, w = as_float64(rows[some]), as_float64(h[layer.name][some])
+                g = torch.stack([(a * column[:, None]).T @ a for column in w.T])  # (out, d, d)
+                of[layer.name] = of.get(layer.name, 0) + g
+
+    Engine(job.model, job.layers, job.task).run(job.images.batches("fit"), add)
     return found
 
 
@@ -132,7 +129,7 @@ class Spectrum:
     parts: Tensor
 
 
-def spectra(weights: Weights, moments: Moments) -> dict[str, Spectrum]:
+def spectra(weights: Weights, moments: SecondMoments) -> dict[str, Spectrum]:
     """Return the spectrum of each output of each layer."""
     found = {}
     for name, v in weights.items():
@@ -239,16 +236,16 @@ def jacobian_moments(subject: Subject, batch: Any, seed: int) -> dict[str, dict[
             for layer in layers
         ]
         try:
-            output = task.forward(subject.model, batch)
+            output = task.run(subject.model, batch)
         finally:
             for handle in handles:
                 handle.remove()
         detached = {name: a.detach() for name, a in kept.items()}
-        _, bent = sensitivities(task, layers, output, detached, batch, seed)
+        _, curvature = sensitivities(task, output, detached, batch, seed)
         for layer in TQDM(layers, desc="Jacobians"):
             a = input_rows(layer.module, kept[layer.name])
             for weighting in found:
-                w = bent[layer.name].sum(1).sqrt() if weighting == "curvature" else torch.ones(len(a))
+                w = curvature[layer.name].sum(1).sqrt() if weighting == "curvature" else torch.ones(len(a))
                 signs = torch.randint(2, (len(a),), generator=generator) * 2 - 1
                 summed = (w * signs) @ a  # (d,)
                 slopes = []
@@ -256,11 +253,13 @@ def jacobian_moments(subject: Subject, batch: Any, seed: int) -> dict[str, dict[
                     g = torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True)
                     slopes.append(torch.cat([x.flatten() for x in g if x is not None]))
                 jacobian = torch.stack(slopes)
+                if not jacobian.any():
+                    raise ValueError(f"--images: no object on the level of {layer.name}, so there is no M; give more.")
                 found[weighting][layer.name] = (jacobian @ jacobian.T).double()
     return found
 
 
-def oblique(weights: Weights, moments: Moments, metric: dict[str, Tensor], rank: float) -> Weights:
+def oblique(weights: Weights, moments: SecondMoments, metric: dict[str, Tensor], rank: float) -> Weights:
     """Return V as it was on the leading eigenvectors U, and the least in M of all that agree with it there."""
     found = {}
     for name, v in weights.items():
@@ -272,7 +271,7 @@ def oblique(weights: Weights, moments: Moments, metric: dict[str, Tensor], rank:
     return found
 
 
-def ridge_m(weights: Weights, moments: Moments, metric: dict[str, Tensor]) -> Callable[[float], Weights]:
+def ridge_m(weights: Weights, moments: SecondMoments, metric: dict[str, Tensor]) -> Callable[[float], Weights]:
     """Return the function from s to ``V_k G_k (G_k + μM)⁻¹``, μ = ``10^(40 − 80s)``."""
 
     def shifted(setting: float) -> Weights:
@@ -290,43 +289,40 @@ def size_in(weights: Weights, metric: dict[str, Tensor]) -> float:
     return sum(float((v @ metric[name] * v).sum()) for name, v in weights.items())
 
 
-def subject_of(name: str, bench: Workbench, weights: Weights) -> Subject:
+def subject_of(name: str, job: CheckpointJob, weights: Weights) -> Subject:
     """Return a copy of the model with other weights."""
-    model = deepcopy(bench.model)
-    layers = final_layers(model)
-    for layer in layers:
+    model = deepcopy(job.model)
+    head_of(model).shape = None  # a validation leaves anchor points that cannot take part in a graph
+    task = YoloTask(model)
+    for layer in task.layers:
         if layer.name in weights:
             write_weight(layer.module, weights[layer.name].float())
-    return Subject(name, model, HostTask(model), layers)
+    return Subject(name, model, task, task.layers)
 
 
-def few(bench: Workbench, which: str, images: int) -> Any:
+def one_batch(job: CheckpointJob, which: str, images: int) -> Any:
     """Return the first images of ``fit`` or ``heldout`` as one batch."""
-    chosen = (bench.images.fit if which == "fit" else bench.images.heldout)[:images]
-    dataset = bench.images.dataset
-    return bench.images.host.preprocess(dataset.collate_fn([dataset[i] for i in chosen]))
+    return next(job.images.batches(which, images, images))
 
 
 # Before the first epoch -----------------------------------------------------------------------------------------------
 def start(args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Return what a shift before the first epoch meets: an untrained head on the backbone of ``--pretrained``.
+    """Return what a shift before the first epoch keeps of an untrained head on the backbone of ``--pretrained``.
 
     ``overlap`` of two leading subspaces of half of the dimensions is ``tr(P Q) / r``: 1 for the same, ½ by chance.
     """
-    bench = Workbench(
-        Checkpoint(args.weights), args.data, kinds=KINDS, images=32, imgsz=args.imgsz, batch=args.batch, seed=seed
-    )
+    job = CheckpointJob(args.weights, args.data, images=32, imgsz=args.imgsz, batch=args.batch, seed=seed, val=False)
     torch.manual_seed(seed)
-    model = DetectionModel(bench.model.yaml, nc=len(bench.model.names), verbose=False)
+    model = DetectionModel(job.model.yaml, nc=len(job.model.names), verbose=False)
     model.load(YOLO(args.pretrained).model, verbose=False)
-    model.args, model.names = bench.model.args, bench.model.names
-    widths = [[weight_matrix(layer.module).shape for layer in final_layers(m)] for m in (model, bench.model)]
+    model.args, model.names = job.model.args, job.model.names
+    task, batches = YoloTask(model), list(job.images.batches("fit"))
+    widths = [[weight_matrix(layer.module).shape for layer in layers] for layers in (task.layers, job.layers)]
     if widths[0] != widths[1]:
         raise ValueError(f"--pretrained {args.pretrained} gives another head than that of {args.weights}.")
-    task, batches = HostTask(model), list(bench.images.batches("fit"))
-    trained = balanced_moments(bench.model, bench.task, batches)
+    trained = balanced_moments(job.model, job.task, batches)
     untrained = balanced_moments(model, task, batches)
-    before = {layer.name: as_float64(weight_matrix(layer.module)) for layer in final_layers(model)}
+    before = {layer.name: as_float64(weight_matrix(layer.module)) for layer in task.layers}
     shifted = filtered(spectra(before, untrained), by_rank)(0.5)
     found = {"norm_ratio": norm2(shifted) / norm2(before), "untrained_trained": overlap(untrained, trained)}
     for module in model.modules():  # as an epoch of training would leave the statistics, with no step taken
@@ -339,12 +335,12 @@ def start(args: argparse.Namespace, seed: int) -> dict[str, Any]:
             model(batch["img"])
     measured = balanced_moments(model, task, batches)
     return {
-        **{"seed": seed, "images": len(batches) * args.batch, **found},
+        **{"seed": seed, "images": len(job.images.sets["fit"]), **found},
         **{"untrained_statistics": overlap(untrained, measured), "statistics_trained": overlap(measured, trained)},
     }
 
 
-def overlap(a: Moments, b: Moments) -> dict[str, float]:
+def overlap(a: SecondMoments, b: SecondMoments) -> dict[str, float]:
     """Return how much the leading halves of two spectra have in common, by layer."""
     found = {}
     for name in a:
@@ -356,22 +352,13 @@ def overlap(a: Moments, b: Moments) -> dict[str, float]:
 # The study ------------------------------------------------------------------------------------------------------------
 def study(args: argparse.Namespace, seed: int, curved: bool) -> dict[str, Any]:
     """Return the records of one choice of images; with the second question if ``curved``."""
-    bench = Workbench(
-        Checkpoint(args.weights),
-        args.data,
-        kinds=KINDS,
-        images=args.fit,
-        imgsz=args.imgsz,
-        batch=args.batch,
-        seed=seed,
-        splits=("val",),
+    job = CheckpointJob(
+        args.weights, args.data, images=args.fit or "all", imgsz=args.imgsz, batch=args.batch, seed=seed
     )
-    bench.capture([])  # the inputs of the final layers, of the held-out images
-    before = {layer.name: as_float64(weight_matrix(layer.module)) for layer in bench.shifted}
-    found = {
-        "balanced": balanced_moments(bench.model, bench.task, bench.images.batches("fit")),
-        **loss_moments(bench, seed),
-    }
+    heldout = Engine(job.model, job.layers, job.task).hold_out(job.images.batches("heldout"))
+    before = {layer.name: as_float64(weight_matrix(layer.module)) for layer in job.layers}
+    balanced = balanced_moments(job.model, job.task, job.images.batches("fit"))
+    found = {"balanced": balanced, **loss_moments(job, seed)}
     principal = filtered(spectra(before, found["balanced"]), by_rank)
     ratios = {rank: norm2(principal(rank)) / norm2(before) for rank in RANKS}
     points: dict[tuple[str, str, float], Weights] = {}
@@ -383,7 +370,7 @@ def study(args: argparse.Namespace, seed: int, curved: bool) -> dict[str, Any]:
 
     metrics: dict[str, dict[str, Tensor]] = {}
     if curved:
-        metrics = jacobian_moments(subject_of("", bench, {}), few(bench, "fit", args.images), seed)
+        metrics = jacobian_moments(subject_of("", job, {}), one_batch(job, "fit", args.images), seed)
         for rank in CURVED:
             for weighting, metric in metrics.items():
                 points[weighting, "oblique", rank] = oblique(before, found["balanced"], metric, rank)
@@ -392,35 +379,33 @@ def study(args: argparse.Namespace, seed: int, curved: bool) -> dict[str, Any]:
             shifted = ridge_m(before, found["curvature"], metric)
             points["curvature", "ridge-M", rank] = lowered(before, metric, aim, shifted)
 
-    rounded = {key: {name: v.float() for name, v in weights.items()} for key, weights in points.items()}
-    scores, _ = bench.score(list(rounded.values()))
+    scores, _ = job.score([in_float32(weights) for weights in points.values()], "val")
     key = headline(scores[0])
-    rows = [
-        {
-            "weighting": "",
-            "filter": "none",
-            "rank": 1.0,
-            "norm_ratio": 1.0,
-            "loss": bench.heldout.before,
-            "map": scores[0][key],
-        }
-    ]
-    for (weighting, name, rank), score in zip(points, scores[1:], strict=True):
-        weights = points[weighting, name, rank]
+    base = {"weighting": "", "filter": "none", "rank": 1.0, "norm_ratio": 1.0}
+    rows = [{**base, "loss": heldout.before, "map": scores[0][key]}]
+    of_heldout = heldout_moments(job.layers, heldout)
+    for ((weighting, name, rank), weights), score in zip(points.items(), scores[1:], strict=True):
+        changes = deviations(job.layers, of_heldout, in_float32(weights))
         rows.append(
             {
                 **{"weighting": weighting, "filter": name, "rank": rank, "norm_ratio": norm2(weights) / norm2(before)},
                 **{f"tr_vmv_{of}": size_in(weights, m) / size_in(before, m) for of, m in metrics.items()},
-                "deviation": mean(bench.deviations(rounded[weighting, name, rank]).values()),
-                "loss": bench.loss(rounded[weighting, name, rank]),
+                "deviation": mean(changes.values()),
+                "loss": heldout.loss(in_float32(weights)),
                 "map": score[key],
             }
         )
     spread = {name: {layer: spread_of(m) for layer, m in of.items()} for name, of in metrics.items()}
-    record = {"seed": seed, "fit": len(bench.images.fit), "heldout": len(bench.images.heldout), "points": rows}
+    sizes = {name: len(images) for name, images in job.images.sets.items() if name != "selection"}
+    record = {"seed": seed, **sizes, "points": rows}
     if curved:
-        record |= {"largest_over_median_of_M": spread, "curvature": curvature(args, bench, points, seed)}
+        record |= {"largest_over_median_of_M": spread, "curvature": measured_curvature(args, job, points, seed)}
     return record
+
+
+def in_float32(weights: Weights) -> Weights:
+    """Return weights in the model's own precision."""
+    return {name: v.float() for name, v in weights.items()}
 
 
 def lowered(before: Weights, metric: dict[str, Tensor], aim: float, shifted: Callable[[float], Weights]) -> Weights:
@@ -440,30 +425,39 @@ def spread_of(matrix: Tensor) -> float:
     return float(values[-1] / values.median())
 
 
-def curvature(
-    args: argparse.Namespace, bench: Workbench, points: dict[tuple[str, str, float], Weights], seed: int
+def measured_curvature(
+    args: argparse.Namespace, job: CheckpointJob, points: dict[tuple[str, str, float], Weights], seed: int
 ) -> list[dict[str, Any]]:
     """Return traces before the final layers, and their paired changes, on held-out images."""
     chosen = {key: weights for key, weights in points.items() if key[2] in CURVED and key[:2] in MEASURED}
-    subjects = [subject_of("", bench, {}), *(subject_of(str(key), bench, w) for key, w in chosen.items())]
-    batch = few(bench, "heldout", args.images)
+    subjects = [subject_of("", job, {}), *(subject_of(str(key), job, w) for key, w in chosen.items())]
+    batch = one_batch(job, "heldout", args.images)
     with TQDM(total=args.probes * len(subjects), desc="traces") as bar:
-        found = traces(subjects, [batch], ("before",), probes=args.probes, seed=seed, progress=bar.update)
+        found = [
+            of["before"]
+            for of in traces(subjects, [batch], ("before",), probes=args.probes, seed=seed, progress=bar.update)
+        ]
     rows = []
     for key, subject, of in zip([("", "none", 1.0), *chosen], subjects, found, strict=True):
-        difference = of["before"] - found[0]["before"]
-        estimates = {"": of["before"].estimates(), "change_": difference.estimates()}
-        with evaluation(subject.model), InputCapture(subject.layers) as capture:
-            output = subject.task.forward(subject.model, batch)
-            _, bent = sensitivities(subject.task, subject.layers, output, capture.take(), batch, seed)
-        rows.append(
-            {
-                **dict(zip(("weighting", "filter", "rank"), key, strict=True)),
-                **{f"{p}{k}": as_pair(e[k]) for p, e in estimates.items() for k in ("hessian", "gauss_newton")},
-                "output_curvature": sum(float(h.sum()) for h in bent.values()) / bench.task.size(batch),
-            }
-        )
+        row = dict(zip(("weighting", "filter", "rank"), key, strict=True))
+        for name in ("hessian", "gauss_newton"):
+            own, base = getattr(of, name), getattr(found[0], name)
+            row[name] = as_pair(Estimate.mean(own))
+            row[f"change_{name}"] = as_pair(Estimate.mean([a - b for a, b in zip(own, base, strict=True)]))
+        rows.append({**row, "output_curvature": output_curvature(subject, batch, seed)})
     return rows
+
+
+def output_curvature(subject: Subject, batch: Any, seed: int) -> float:
+    """Return the sum of ∂²L/∂z² over the outputs of the final layers, per image."""
+    found = []
+
+    def add(batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
+        _, curvature = sensitivities(subject.task, output, inputs, batch, seed)
+        found.append(sum(float(h.sum()) for h in curvature.values()))
+
+    Engine(subject.model, subject.layers, subject.task).run([batch], add)
+    return found[0] / subject.task.size(batch)
 
 
 def as_pair(estimate: Estimate) -> list[float]:
@@ -495,12 +489,12 @@ def tables(records: Sequence[dict[str, Any]]) -> str:
             gn, hessian = (
                 [100 * x / abs(whole[k][0]) for x in row[f"change_{k}"]] for k in ("gauss_newton", "hessian")
             )
-            bent = row["output_curvature"] / whole["output_curvature"]
+            outputs = row["output_curvature"] / whole["output_curvature"]
             ratio = size[row["weighting"], row["filter"], row["rank"]]
             curvature.append(
                 [
                     *(str(record["seed"]), row["weighting"], row["filter"], str(row["rank"]), f"{ratio:.3f}"),
-                    *(f"{gn[0]:+.2f} ± {gn[1]:.2f} %", f"{hessian[0]:+.1f} ± {hessian[1]:.1f} %", f"{bent:.3f}"),
+                    *(f"{gn[0]:+.2f} ± {gn[1]:.2f} %", f"{hessian[0]:+.1f} ± {hessian[1]:.1f} %", f"{outputs:.3f}"),
                 ]
             )
     return f"{markdown_table(filters, texts=2)}\n{markdown_table(curvature, texts=3)}".rstrip()
@@ -515,7 +509,7 @@ def by_point(records: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return list(found.values())
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="a trained detector, .pt")
@@ -529,14 +523,13 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=16, help="probes of the traces, of the first seed")
     parser.add_argument("--name", help="of the record; that of the data set if not given")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the record goes")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     name = args.name or (Path(args.data).stem if Path(args.data).stem != "data" else Path(args.data).parent.name)
     first = {"start": [start(args, seed) for seed in args.seeds]} if args.pretrained else {}
     records = [study(args, seed, curved=seed == args.seeds[0]) for seed in args.seeds]
-    versions = {"yolo_sos": __version__, **{k: version(k) for k in ("ultralytics", "torch")}}
     record = {
         "config": {**{k: v for k, v in vars(args).items() if k not in {"out", "weights", "pretrained"}}, "data": name},
-        "versions": {**versions, "python": platform.python_version(), "machine": platform.machine()},
+        "versions": versions(),
         "seeds": records,
         **first,
     }

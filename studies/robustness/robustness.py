@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 # yolo-sos, AGPL-3.0
-"""What a flatter minimum buys beside mAP: the models of an experiment under conditions they were not trained for.
+"""What flatness brings beside mAP: the models of an experiment under conditions that they were not trained for.
 
-Every arm × seed of an experiment of detectors, with the settings of its record, in the place where it was trained:
+It takes every arm and seed of an experiment of detectors, with the settings of its record, where it was trained:
 
     python studies/robustness/robustness.py bccd --runs runs/experiments --split test --arms baseline,principal,rows,end
 
@@ -22,7 +22,9 @@ And the expected calibration error of detections: confidence against precision a
 with one temperature that minimises the loss on val. NMS goes by the order of confidences, which it does not change.
 
 It writes robustness-<experiment>.md, .csv and .json to this folder: mean ± std over seeds, and the differences to the
-baseline of the same seed with 95 % interval and exact sign-flip p. All draws take --seed, the same for every model.
+baseline of the same seed with 95 % interval and exact sign-flip p. All draws take --seed, the same for every model. The
+committed records are of models that an earlier version shifted, in which ``balanced`` counted a row in every class by
+its probability; now a row belongs to its most probable class.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -49,11 +51,8 @@ from torch import Tensor, nn
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils.torch_utils import select_device
 
-from yolo_sos.checkpoint.file import Checkpoint
-from yolo_sos.checkpoint.images import Images
-from yolo_sos.config import resolve_data
-from yolo_sos.core import InputCapture
-from yolo_sos.core.layers import write_weight
+from yolo_sos.builtin import resolve_data
+from yolo_sos.core import Engine, write_weight
 from yolo_sos.evaluate import Detections, GroundTruth, voc_ap
 from yolo_sos.evaluate.detections import detect, read_data_set
 from yolo_sos.experiment.judge import quiet
@@ -61,9 +60,11 @@ from yolo_sos.experiment.record import Record
 from yolo_sos.experiment.statistics import least_p
 from yolo_sos.experiment.table import BASELINE, ResultTable, Row
 from yolo_sos.files import finite, write_text
-from yolo_sos.heads import final_layers
 from yolo_sos.markdown import markdown_table
 from yolo_sos.versions import git_commit, versions
+from yolo_sos.yolo.checkpoint import Checkpoint
+from yolo_sos.yolo.heads import YoloTask, final_layers
+from yolo_sos.yolo.images import CheckpointData
 
 METRIC = "metrics/mAP50-95(B)"
 BITS = (8, 6, 4)
@@ -90,16 +91,17 @@ class Settings:
 
 
 # Weights and activations ----------------------------------------------------------------------------------------------
-def input_ranges(checkpoint: Checkpoint, images: Images) -> dict[str, tuple[float, float]]:
-    """Return the least and the greatest input of every final layer over the images to fit on, zero included."""
-    ranges = {layer.name: (0.0, 0.0) for layer in checkpoint.layers}
-    model = checkpoint.model.eval()
-    with torch.no_grad(), InputCapture(checkpoint.layers) as capture:
-        for batch in images.batches("fit"):
-            model(batch["img"])
-            for name, x in capture.take().items():
-                low, high = ranges[name]
-                ranges[name] = min(low, float(x.min())), max(high, float(x.max()))
+def input_ranges(model: nn.Module, batches: Iterable[Any]) -> dict[str, tuple[float, float]]:
+    """Return the least and the greatest input of every final layer over some batches, zero included."""
+    task = YoloTask(model)
+    ranges = {layer.name: (0.0, 0.0) for layer in task.layers}
+
+    def add(batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
+        for name, x in inputs.items():
+            low, high = ranges[name]
+            ranges[name] = min(low, float(x.min())), max(high, float(x.max()))
+
+    Engine(model, task.layers, task).run(batches, add)
     return ranges
 
 
@@ -234,7 +236,7 @@ def fit_temperature(confidence: np.ndarray, true: np.ndarray) -> float:
 # Measuring ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Condition:
-    """What a model has to stand: something done to it, or to its images. Draws of the same have one name."""
+    """Something that is done to a model or to its images. All draws of one condition share its name."""
 
     name: str
     alter: Callable[[nn.Module], None] | None = None
@@ -287,22 +289,21 @@ def measure(path: Path, config: Mapping[str, Any], settings: Settings) -> dict[s
             found[name] = run.metrics[METRIC], hits(truth, run.found)
         checkpoint = Checkpoint(path)
         device = select_device(settings.device, verbose=False)
-        checkpoint.model.to(device)
-        images = Images(
-            checkpoint, data, images=settings.images, device=device, seed=settings.seed, splits=(split,), **size
-        )
-        ranges = input_ranges(checkpoint, images)
+        model = checkpoint.model.to(device)
+        opened = CheckpointData(checkpoint, data, device=device, splits=(split,), **size)
+        images = opened.sample({"fit": min(settings.images, len(opened.dataset))}, settings.seed)
+        ranges = input_ranges(model, images.batches("fit"))
     figures: dict[str, list[float]] = {"clean": [found[split][0]]}
-    args = {**images.args, "split": split, "rect": True}  # rect: as YOLO.val has it
+    args = {**opened.args, "split": split, "rect": True}  # rect: as YOLO.val has it
     for condition in conditions(ranges, settings):
-        figures.setdefault(condition.name, []).append(score(checkpoint.model, args, condition, settings.seed))
+        figures.setdefault(condition.name, []).append(score(model, args, condition, settings.seed))
     confidence, true = found[split][1]
     temperature = fit_temperature(*found["val"][1])
     errors = (calibration_error(confidence, true), calibration_error(scaled(confidence, temperature), true))
     return figures | {name: [value] for name, value in zip(CALIBRATION, (*errors, temperature), strict=True)}
 
 
-# Telling --------------------------------------------------------------------------------------------------------------
+# Reporting ------------------------------------------------------------------------------------------------------------
 Figures = dict[str, dict[int, dict[str, list[float]]]]  # arm → seed → name → a value for each draw
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import colorsys
 import csv
-import importlib.util
 import json
-import sys
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,20 +20,12 @@ from yolo_sos.core import InputCapture
 from yolo_sos.evaluate import Detections, GroundTruth
 from yolo_sos.experiment.grid import Experiment
 from yolo_sos.experiment.record import read_record, record_path
-from yolo_sos.heads import final_layers
-
-TOOL = Path(__file__).parents[2] / "studies/robustness/robustness.py"
-pytestmark = pytest.mark.skipif(not TOOL.is_file(), reason="no checkout")
+from yolo_sos.yolo.heads import final_layers
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("study_robustness", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def tool(load_study):
+    return load_study("robustness")
 
 
 @pytest.fixture(scope="module")

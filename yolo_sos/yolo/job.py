@@ -57,21 +57,22 @@ def check_free(paths: Sequence[Path], exist_ok: bool) -> None:
     """Raise before any long work if a result could not be written.
 
     Args:
-        paths (Sequence[Path]): The files, all in one folder.
+        paths (Sequence[Path]): The files.
         exist_ok (bool): Whether existing files may be replaced.
 
     Raises:
         FileExistsError: If one exists already and may not be replaced.
-        PermissionError: If the folder cannot be written to.
+        PermissionError: If a folder cannot be written to.
     """
     for path in paths:
         if path.exists() and not exist_ok:
             raise FileExistsError(f"{path} exists already. Move it away, or pass exist_ok=True to replace it.")
-    try:
-        with TemporaryFile(dir=paths[0].parent):
-            pass
-    except OSError as e:
-        raise PermissionError(f"{paths[0].parent} cannot be written to: {e.strerror}.") from e
+    for folder in {path.parent for path in paths}:
+        try:
+            with TemporaryFile(dir=folder):
+                pass
+        except OSError as e:
+            raise PermissionError(f"{folder} cannot be written to: {e.strerror}.") from e
 
 
 class CheckpointJob:
