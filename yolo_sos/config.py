@@ -81,23 +81,24 @@ class SOSConfig:
 
     sos: bool = _setting(False, boolean, "turn SOS on")
     sos_method: str = _setting(
-        "principal", choice(*METHODS), "principal, expected, budget, full or rows (the paper's, Algorithm 1)"
+        "expected", choice(*METHODS), "expected, principal, budget, full or rows (the paper's, Algorithm 1)"
     )
-    sos_rank: int | float = _setting(
-        0.5,
-        checks.rank,
-        "rank kept (principal), rows expected (expected) or drawn (rows) in each layer; a float up to 1.0 is a "
-        "fraction of the layer's input size d",
+    sos_rank: int | float | None = _setting(
+        None,
+        optional(checks.rank),
+        "rows expected (expected) or drawn (rows), or rank kept (principal) in each layer; a float up to 1.0 is a "
+        "fraction of the layer's input size d; none: the least that the guard accepts, 0.5 without a guard",
     )
     sos_weighting: str = _setting(
         "balanced",
         choice(*WEIGHTINGS),
         "whose outputs matter: balanced (every class, and the background, alike), confidence or uniform",
     )
-    sos_budget: float = _setting(
-        0.01,
-        checks.budget,
-        "for method budget: relative change of the outputs that is allowed, at least 0 and below 1",
+    sos_budget: float | None = _setting(
+        None,
+        optional(checks.budget),
+        "for method budget: relative change of the outputs that is allowed, at least 0 and below 1; none: the largest "
+        "that the guard accepts, 0.01 without a guard",
     )
     sos_solver: str = _setting(
         "svd", choice(*SOLVERS), "for method rows: svd, or gauss, the elimination of Algorithm 1"
@@ -120,9 +121,10 @@ class SOSConfig:
     )
     sos_layers: str | list[str] = _setting("all", _layers, f"all, or kinds of final layers: {', '.join(KINDS)}")
     sos_guard: float | None = _setting(
-        0.01,
+        0.005,
         checks.guard,
-        "largest relative rise of the held-out loss; above it the shift is shortened or left out; none: no guard",
+        "largest relative rise of the held-out loss, which decides how strong a shift is; one with a given rank or "
+        "budget is shortened or left out; none: no guard",
     )
     lr_steps: list[float] | None = _setting(
         None,

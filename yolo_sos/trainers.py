@@ -108,14 +108,14 @@ class SOSClassificationTrainer(SOSMixin, ClassificationTrainer):
     def _setup_train(self) -> None:
         """Set up, and warn of a rank that cannot keep the classes apart."""
         super()._setup_train()
-        if self.sos.sos and RANK in {-1, 0} and 0 < self._rank() < self.data["nc"]:
+        if self.sos.sos and self.sos.sos_rank is not None and RANK in {-1, 0} and 0 < self._rank() < self.data["nc"]:
             LOGGER.warning(
                 f"{PREFIX}sos_rank={self.sos.sos_rank} keeps {self._rank()} dimensions, fewer than the "
                 f"{self.data['nc']} classes: their means alone span as many, so outputs will change."
             )
 
     def _rank(self) -> int:
-        """Return the number of dimensions that the method is set to keep, 0 if it is not set."""
+        """Return the number of dimensions that the method keeps, half of d if the guard finds it; 0 if it has none."""
         method = self.sos.method
         if method.name not in {"principal", "expected", "rows"}:
             return 0

@@ -1041,7 +1041,7 @@ def test_times_add_up_to_what_passed():
     assert 0.5 * passed < sum(report.milliseconds.values()) <= passed
 
 
-# The strength that the guard finds -------------------------------------------------------------------------------------
+# The strength that the guard finds ------------------------------------------------------------------------------------
 def test_strengths_run_from_next_to_nothing_to_everything():
     assert [Method(name).is_found for name in ("principal", "expected", "rows", "budget", "full")] == [True] * 4 + [
         False

@@ -157,8 +157,7 @@ class Comparison:
             ],
             "spectrum": [layer_spectrum(engine, layer, o.weighting) for layer in subject.layers],
         }
-        shift = engine.solve(Method(weighting=o.weighting))  # the default shift
-        engine.release()
+        shift = engine.solve(Method("principal", rank=0.5, weighting=o.weighting))
         if o.landscape:
             batches = list(self.sample.batches("train", images, min(PASS, self.batch)))
             with TQDM(total=LINE + PLANE**2, desc=f"landscape of {subject.name}", unit="point") as bar:

@@ -67,12 +67,10 @@ class Method:
         """
         if self.name not in SETTING:
             return self
-        key = SETTING[self.name]
-        if strength is None:
-            return replace(self, **{key: UNJUDGED[key]})
-        return replace(
-            self, **{key: max(1.0 - strength, 1e-6) if key == "rank" else min(SMALLEST ** (1 - strength), 0.999)}
-        )
+        if SETTING[self.name] == "budget":
+            budget = UNJUDGED["budget"] if strength is None else min(SMALLEST ** (1 - strength), 0.999)
+            return replace(self, budget=budget)
+        return replace(self, rank=UNJUDGED["rank"] if strength is None else max(1.0 - strength, 1e-6))
 
     def rank_of(self, d: int) -> int:
         """Return the rank for a layer of input size d, at least 1 and, except for drawn rows, at most d."""

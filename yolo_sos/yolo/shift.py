@@ -13,7 +13,18 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER
 
 from yolo_sos.config import SHIFT_SETTINGS
-from yolo_sos.core import OK, Engine, FinalLayer, HeldOut, LayerReport, Shift, as_float64, input_rows, weight_matrix
+from yolo_sos.core import (
+    OK,
+    Engine,
+    FinalLayer,
+    HeldOut,
+    LayerReport,
+    Method,
+    Shift,
+    as_float64,
+    input_rows,
+    weight_matrix,
+)
 from yolo_sos.files import atomic_path, write_text
 from yolo_sos.yolo.heads import YoloTask
 from yolo_sos.yolo.job import PREFIX, CheckpointJob, deviations, heldout_moments
@@ -36,11 +47,12 @@ class CheckpointShift(CheckpointJob):
         rows = method.name == "rows"
         trials = [(method, seed) for seed in range(self.seed, self.seed + (self.draws if rows else 1))]
         engine = self.fitted(trials)
-        shifts = [engine.solve(*trial) for trial in trials]
-        engine.release()
-        shift, draws = self._best_draw(engine, shifts) if rows else (shifts[0], ())
         batches = list(self.images.batches("heldout"))
         heldout = engine.hold_out(batches)
+        if len(trials) > 1:
+            shift, draws = self._best_draw(engine, trials)
+        else:
+            shift, draws = engine.find(*trials[0], heldout, guard), ()
         full = heldout.loss(shift.weights()) if shift.status == OK else math.nan
         step, before, after = engine.accept(shift, heldout, guard)
         weights = shift.weights(step)
@@ -53,6 +65,7 @@ class CheckpointShift(CheckpointJob):
         settings = {key: getattr(self.config, f"sos_{key}") for key in SHIFT_SETTINGS if rows or key != "solver"}
         sizes = {name: len(of) for name, of in self.images.sets.items() if of}
         settings |= {"images": sizes["fit"], "seed": self.seed, **({"draws": self.draws} if rows else {})}
+        settings |= {"rank": shift.method.rank, "budget": shift.method.budget, "found": method.is_found}
         general = engine.report(shift, step, before, after, guard)
         report = CheckpointReport(
             **{**vars(general), "layers": self._layers(general.layers, shift, heldout, weights)},
@@ -83,18 +96,23 @@ class CheckpointShift(CheckpointJob):
         LOGGER.info(f"\n{report.table()}\n\n{PREFIX}wrote {output} and {json}")
         return report
 
-    def _best_draw(self, engine: Engine, shifts: list[Shift]) -> tuple[Shift, tuple[dict[str, float], ...]]:
-        """Return the draw of least loss on images that are set aside for this choice, and figures of all, best first.
+    def _best_draw(
+        self, engine: Engine, trials: list[tuple[Method, int]]
+    ) -> tuple[Shift, tuple[dict[str, float], ...]]:
+        """Return the best draw on images that are set aside for this choice, and figures of all, best first.
 
-        The images of the guard take no part, so that the loss on them is that of a model not chosen by it.
+        The best is that of least loss or, where the guard finds how many rows are drawn, of least norm. The held-out
+        images take no part, so that the loss on them is that of a model not chosen by it.
         """
-        if len(shifts) == 1:
-            return shifts[0], ()
+        guard = self.config.sos_guard
         selection = engine.hold_out(self.images.batches("selection"))
+        shifts = [engine.find(*trial, selection, guard) for trial in trials]
         losses = [selection.loss(s.weights()) if s.status == OK else math.inf for s in shifts]
+        by_norm = trials[0][0].is_found and guard is not None
+        merit = [s.squared_norm_ratio if by_norm else loss for s, loss in zip(shifts, losses, strict=True)]
         moments = heldout_moments(self.layers, selection)
         draws = []
-        for i in sorted(range(len(shifts)), key=lambda i: (not math.isfinite(losses[i]), losses[i])):
+        for i in sorted(range(len(shifts)), key=lambda i: (not math.isfinite(losses[i]), merit[i])):
             changes = deviations(self.layers, moments, shifts[i].weights()).values()
             draws.append(
                 {

@@ -90,7 +90,6 @@ def trace(
     seconds = {"images": time.perf_counter() - start, "algebra": 0.0, "validation": 0.0, "points": 0.0}
     start = time.perf_counter()
     shifts = [engine.solve(method, seed) for method, seed in trials]
-    engine.release()
     names = [("baseline", "", math.nan, 0), *map(_name, shifts)]
     figures = [(1.0, math.nan, 0.0, 0.0, heldout.before)]
     for shift in TQDM(shifts, desc="held-out loss", unit="point"):
