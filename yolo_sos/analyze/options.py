@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from yolo_sos.core import WEIGHTINGS
 from yolo_sos.core.checks import Check, boolean, choice, number, optional
-from yolo_sos.core.method import WEIGHTINGS
 
 SCOPES = {"all": ("before", "final"), "before": ("before",), "final": ("final",)}  # scope → blocks of parameters
 _SHARE = optional(number("a number above 0 and up to 1, or none", lambda x: 0 < x <= 1))

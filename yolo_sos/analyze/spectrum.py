@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yolo_sos.core import Engine, FinalLayer, Method, Moments, as_float64, weight_matrix
-from yolo_sos.core.solvers import solve
+from yolo_sos.core import Engine, FinalLayer, Method, Moments, as_float64, solve, weight_matrix
 
 LEVELS = (0.9, 0.99, 0.999, 0.9999)  # of the inputs' energy Σλ
 RANKS = (0.125, 0.25, 0.5, 0.75)  # sos_rank, fractions of d
