@@ -1,18 +1,22 @@
 # yolo-sos, AGPL-3.0
-"""The host, kept off the network and out of the user's settings, and what several tests train on."""
+"""Ultralytics, kept off the network and out of the user's settings, and the tiny trainings of several tests."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-# Read by the host when it is first imported, in this process and in those that tests start: before any test module.
+# Ultralytics reads these when it is first imported, here and in the processes that tests start: set before any module.
 HOME = Path(tempfile.mkdtemp(prefix="yolo-sos-tests-"))
 os.environ["YOLO_OFFLINE"] = "true"
 os.environ["YOLO_CONFIG_DIR"] = str(HOME)
@@ -31,8 +35,8 @@ head:
 """
 
 
-def configure_host(home: Path, **settings) -> Path:
-    """Write the host's settings, and a font under the name of the one that it would download, into a folder.
+def configure_ultralytics(home: Path, **settings) -> Path:
+    """Write Ultralytics' settings, and a font under the name of the one that it would download, into a folder.
 
     Returns:
         (Path): The folder, which YOLO_CONFIG_DIR is to name.
@@ -48,7 +52,12 @@ def configure_host(home: Path, **settings) -> Path:
     return home
 
 
-configure_host(HOME)
+configure_ultralytics(HOME)
+
+
+def pytest_configure(config):
+    """Declare the mark of long tests."""
+    config.addinivalue_line("markers", "slow: takes long; make test leaves it out, make test-all runs it")
 
 
 def pytest_unconfigure():
@@ -66,7 +75,7 @@ def activation():
 
 @pytest.fixture(autouse=True)
 def default_activation(activation):
-    """Older releases of the host leave what one model's YAML asks for to all later models: ReLU, after a YOLOv6."""
+    """Restore it: older releases of Ultralytics leave what one model's YAML asks for (YOLOv6: ReLU) to later models."""
     from ultralytics.nn.modules import Conv
 
     yield
@@ -90,6 +99,133 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def host_home():
-    """``host_home(folder, **settings)`` makes a folder for YOLO_CONFIG_DIR with settings of the host in it."""
-    return configure_host
+def ultralytics_home():
+    """``ultralytics_home(folder, **settings)`` makes a folder for YOLO_CONFIG_DIR with Ultralytics' settings in it."""
+    return configure_ultralytics
+
+
+# Tiny trainings -------------------------------------------------------------------------------------------------------
+# Whatever the defaults are: three shifts that no guard stops, with images left to choose from
+SHIFTS = {"sos_start": 0.5, "sos_interval": 1, "sos_rank": 0.5, "sos_images": 8, "sos_guard": 1.0}
+
+
+@pytest.fixture(scope="session")
+def train(digits, tiny, tmp_path_factory):
+    """``train(**settings)`` runs four tiny epochs and returns the ``Run``.
+
+    ``model`` starts from another model, ``trainer`` is another class, ``callbacks`` maps events to functions, and
+    ``error`` is the exception that must end the run.
+    """
+    from ultralytics import YOLO
+    from ultralytics.utils import LOGGER
+    from watched import EPOCHS, REAL_SHIFT, Run
+
+    from yolo_sos.core import SOS
+    from yolo_sos.trainers import SOSDetectionTrainer
+
+    def train(*, trainer=SOSDetectionTrainer, model=tiny, callbacks=None, error=None, **settings) -> Run:
+        run = Run()
+        yolo = YOLO(model)
+        run.watch(yolo)
+        for event, callback in (callbacks or {}).items():
+            yolo.add_callback(event, callback)
+        defaults = {
+            **{"data": str(digits), "epochs": EPOCHS, "imgsz": 64, "batch": 8, "device": "cpu", "workers": 0},
+            **{"plots": False, "project": str(tmp_path_factory.mktemp("runs")), "optimizer": "SGD", "lr0": 0.02},
+            **(SHIFTS if settings.get("sos") else {}),
+        }
+        if settings.get("resume"):
+            defaults = {}
+        handler = logging.Handler()
+        handler.emit = lambda record: run.log.append(record.getMessage())  # type: ignore[method-assign]
+        LOGGER.addHandler(handler)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                if SOS.shift is REAL_SHIFT:  # a test may have put something else in its place
+                    patch.setattr(SOS, "shift", lambda sos, *args, **kwargs: run.shift(sos, *args, **kwargs))
+                if error is None:
+                    yolo.train(trainer=trainer, **{**defaults, **settings})
+                else:
+                    with pytest.raises(error) as caught:
+                        yolo.train(trainer=trainer, **{**defaults, **settings})
+                    run.error = caught.value
+        finally:
+            LOGGER.removeHandler(handler)
+        return run
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def stock(train):
+    """A run of Ultralytics' own trainer."""
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    return train(trainer=DetectionTrainer)
+
+
+@pytest.fixture(scope="session")
+def shifted(train):
+    """The same run with SOS, shifts after epochs 2, 3 and 4."""
+    return train(sos=True, save_period=1, plots=True)
+
+
+@pytest.fixture(scope="session")
+def interrupt():
+    """``interrupt(event, epoch)`` returns a callback that stops a run at an event of that epoch, counted from 1."""
+
+    def interrupt(event: str, epoch: int) -> dict[str, Callable[[Any], None]]:
+        def callback(trainer) -> None:
+            if trainer.epoch + 1 == epoch:
+                raise KeyboardInterrupt
+
+        return {event: callback}
+
+    return interrupt
+
+
+TINY_CLASSIFIER = """\
+# 65 000 parameters: an epoch of 60 images takes no time
+nc: 10
+backbone:
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, Conv, [32, 3, 2]]
+head:
+  - [-1, 1, Classify, [nc]]
+"""
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory) -> Path:
+    """60 + 20 + 20 handwritten digits as an image folder, 32 × 32 pixels; classes of different size in train."""
+    from yolo_sos.data.digits import source_digits
+    from yolo_sos.data.image_folder import build_image_folder
+
+    images, labels = source_digits()
+    large = (255 * np.kron(images, np.ones((4, 4)))).astype(np.uint8)
+    waiting = {c: list(np.flatnonzero(labels == c)) for c in range(10)}
+
+    def take(counts):
+        index = np.array([waiting[c].pop() for c, n in enumerate(counts) for _ in range(n)])
+        return large[index], labels[index]
+
+    splits = {"train": take([12, 4, *[6] * 6, 5, 3]), "val": take([2] * 10), "test": take([2] * 10)}
+    path = tmp_path_factory.mktemp("sets") / "few"
+    return build_image_folder(path, {}, lambda: splits, [str(c) for c in range(10)])
+
+
+@pytest.fixture(scope="session")
+def classifier_settings(few_digits, tmp_path_factory):
+    """``classifier_settings(**settings)`` returns what the trainer of a classifier takes, for two tiny epochs."""
+    model = tmp_path_factory.mktemp("models") / "tiny-cls.yaml"
+    model.write_text(TINY_CLASSIFIER)
+
+    def classifier_settings(**settings):
+        return {
+            **{"data": str(few_digits), "model": str(model), "imgsz": 32, "epochs": 2, "batch": 20},
+            **{"device": "cpu", "workers": 0, "plots": False, "project": str(tmp_path_factory.mktemp("runs"))},
+            **{"optimizer": "SGD", "lr0": 0.02, "warmup_epochs": 0},
+            **settings,
+        }
+
+    return classifier_settings

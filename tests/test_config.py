@@ -6,24 +6,27 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolo_sos import config, core
-from yolo_sos.config import CFG_DIR, KINDS, METHODS, SOLVERS, SOS_YAML, WEIGHTINGS, SOSConfig, is_sos_key, resolve_data
-from yolo_sos.core import weighting
-from yolo_sos.heads import KIND_OF_BRANCH
+from yolo_sos.builtin import CFG_DIR, resolve_data
+from yolo_sos.config import KEYS, KINDS, SCHEMA, SOSConfig, is_sos_key, settings_table, settings_yaml
+from yolo_sos.core import METHODS, SOLVERS, WEIGHTINGS
+from yolo_sos.yolo.heads import KIND_OF_BRANCH
 
 PROPERTY = settings(derandomize=True, max_examples=60, deadline=None, database=None)
+ROOT = Path(__file__).parents[1]
+SOS_YAML = CFG_DIR / "sos.yaml"
 DEFAULTS = yaml.safe_load(SOS_YAML.read_text(encoding="utf-8"))
 
 
 def test_the_defaults_are_those_of_the_file_and_mean_off():
     assert SOSConfig.from_dict({}).to_dict() == DEFAULTS
-    assert SOSConfig.keys() == list(DEFAULTS)
+    assert list(KEYS) == list(DEFAULTS)
     assert SOSConfig.from_dict({}).sos is False
 
 
@@ -33,14 +36,17 @@ def test_the_file_says_type_and_meaning_of_every_key():
         re.fullmatch(r"(\w+): (\S+) # \((bool|str|int|float|none|list|[| ])+\) .{10,}", line) for line in lines
     ]
     assert all(described), [line for line, match in zip(lines, described, strict=True) if not match]
-    assert [match[1] for match in described] == SOSConfig.keys()
+    assert [match[1] for match in described] == list(KEYS)
 
 
-def test_the_names_are_those_of_the_core():
-    """Reading settings loads no torch, so they are written twice."""
-    assert METHODS == core.METHODS
-    assert SOLVERS == core.SOLVERS
-    assert WEIGHTINGS == core.WEIGHTINGS == weighting.WEIGHTINGS
+def test_committed_files_are_what_the_schema_makes():
+    assert SOS_YAML.read_text(encoding="utf-8") == settings_yaml()
+    assert settings_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in settings_table().splitlines()[2:]]
+    assert [row[0].strip("| `") for row in rows] == list(KEYS)
+
+
+def test_kinds_are_those_of_the_heads():
     assert set(KINDS) == {*KIND_OF_BRANCH.values(), "linear"}
 
 
@@ -144,7 +150,7 @@ def test_a_radius_of_nothing_is_refused():
 
 
 def test_every_setting_is_checked():
-    assert set(GOOD) == set(BAD) == set(config._CHECKS) == set(SOSConfig.keys())
+    assert set(GOOD) == set(BAD) == set(SCHEMA) == set(KEYS)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +170,7 @@ def test_an_unknown_choice_names_the_nearest():
 @given(rank=st.one_of(st.integers(-3, 500), st.floats(-1, 2, allow_nan=False)), d=st.integers(1, 400))
 def test_a_rank_that_is_accepted_makes_sense_for_every_layer(rank, d):
     try:
-        method = SOSConfig.from_dict({"sos_rank": rank}).method()
+        method = SOSConfig.from_dict({"sos_rank": rank}).method
     except ValueError:
         assert not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1)
     else:
@@ -173,21 +179,28 @@ def test_a_rank_that_is_accepted_makes_sense_for_every_layer(rank, d):
 
 def test_the_method_carries_every_setting_that_says_how():
     cfg = SOSConfig.from_dict(
-        {"sos_method": "rows", "sos_rank": 7, "sos_budget": 0.2, "sos_solver": "qr", "sos_weighting": "uniform"}
+        {"sos_method": "rows", "sos_rank": 7, "sos_budget": 0.2, "sos_solver": "gauss", "sos_weighting": "uniform"}
     )
-    method = cfg.method()
+    method = cfg.method
     assert (method.name, method.rank, method.budget, method.solver, method.weighting) == (
         "rows",
         7,
         0.2,
-        "qr",
+        "gauss",
         "uniform",
     )
 
 
+def test_settings_of_a_shift_without_sos_are_refused_for_a_training():
+    with pytest.raises(ValueError, match=r"sos_rank=0.3, sos_start=0 without sos=true would train without SOS. Add"):
+        SOSConfig.of_training({"sos_rank": 0.3, "sos_start": 0, "lr_steps": [0.5]})
+    for own in ({}, {"lr_steps": [0.5]}, {"sos": True, "sos_rank": 0.3}, {"sos": False, "sos_rank": 0.3}):
+        assert SOSConfig.of_training(own) == SOSConfig.from_dict(own)
+
+
 def test_kinds():
-    assert SOSConfig.from_dict({}).kinds() == KINDS
-    assert SOSConfig.from_dict({"sos_layers": "cls, box"}).kinds() == ("cls", "box")
+    assert SOSConfig.from_dict({}).kinds == KINDS
+    assert SOSConfig.from_dict({"sos_layers": "cls, box"}).kinds == ("cls", "box")
 
 
 def test_which_keys_are_ours():

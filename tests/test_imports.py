@@ -15,7 +15,25 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "yolo_sos"
-TOOLS = ROOT / "tools"
+
+# What each room may import, in the order core ← yolo ← {analyze, evaluate, experiment, recipes} ← trainers ← cli.
+# `data` makes data sets: it stands beside yolo. Those that are not named here may be imported by all.
+SHARED = ("config", "builtin", "files", "markdown", "versions", "_lazy")
+ROOMS = {
+    "core": ("_lazy",),
+    "lightning": ("core",),
+    "data": SHARED,
+    "yolo": (*SHARED, "core", "data"),
+    "recipes": (*SHARED, "core", "yolo"),
+    "analyze": (*SHARED, "core", "yolo"),
+    "evaluate": (*SHARED, "data"),
+    "trainers": (*SHARED, "core", "yolo", "recipes", "analyze"),
+    "arguments": SHARED,
+    "experiment": (*SHARED, "core", "yolo", "data", "evaluate", "arguments", "trainers"),  # it trains
+    "cli": (*SHARED, "core", "yolo", "analyze", "evaluate", "experiment", "recipes", "trainers", "arguments"),
+}
+WITHOUT_TORCH = ("boxes", "coco", "coco_files", "plot", "report", "voc", "voc_files")  # of evaluate: arrays and files
+OPEN = {"yolo_sos.core", "yolo_sos.core.checks"}  # of core, to all; `checks` is a module of plain functions on settings
 
 
 @cache
@@ -26,10 +44,6 @@ def modules() -> dict[str, Path]:
         parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
-
-
-def tree(module: str) -> ast.Module:
-    return ast.parse(modules()[module].read_text(encoding="utf-8"))
 
 
 class WithoutTypes(ast.NodeTransformer):
@@ -47,7 +61,8 @@ def imports(module: str, types: bool = True) -> frozenset[str]:
     Of ``from a import b`` that is ``a.b`` if it is a module of ours, else ``a``.
     """
     found = set()
-    for node in ast.walk(tree(module) if types else WithoutTypes().visit(tree(module))):
+    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+    for node in ast.walk(tree if types else WithoutTypes().visit(tree)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -58,88 +73,66 @@ def imports(module: str, types: bool = True) -> frozenset[str]:
     return frozenset(found)
 
 
-def within(name: str, *packages: str) -> bool:
-    return any(name == package or name.startswith(f"{package}.") for package in packages)
-
-
-def of(package: str) -> list[str]:
-    return [module for module in modules() if within(module, package)]
-
-
-def ours(module: str, types: bool = True) -> list[str]:
-    return [name for name in imports(module, types) if within(name, "yolo_sos")]
+def ours(module: str, types: bool = True) -> set[str]:
+    """Return the modules of the package that a module imports; the package itself only names its modules as text."""
+    return {name for name in imports(module, types) if name.startswith("yolo_sos.")}
 
 
 def others(module: str) -> set[str]:
     """Return the top-level names of imported packages that are neither ours nor Python's own."""
-    names = {name.split(".")[0] for name in imports(module)} - {"yolo_sos"}
-    return {name for name in names if name not in sys.stdlib_module_names}
+    return {name.split(".")[0] for name in imports(module)} - {"yolo_sos", *sys.stdlib_module_names}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
 
 
 def test_the_parser_sees_imports_of_every_form():
-    assert len(modules()) > 20
-    assert "yolo_sos.core" in imports("yolo_sos.config", types=False)  # in a function
-    sharpness = "yolo_sos.train.sharpness"
-    assert "ultralytics.engine.trainer" in imports(sharpness) - imports(sharpness, types=False)
-    assert "yolo_sos.core.capture" in imports("yolo_sos.core.shift")
-    assert "ultralytics" in others("yolo_sos.heads")
-    assert "yolo_sos.train" in imports("yolo_sos.cli")
+    assert len(modules()) > 50
+    assert "yolo_sos.trainers" in imports("yolo_sos.cli.train", types=False)  # in a function
+    training = "yolo_sos.yolo.training"
+    assert "ultralytics.engine.trainer" in imports(training) - imports(training, types=False)
+    assert "yolo_sos.core.checks" in imports("yolo_sos.config")  # a module, by `from package import module`
+    assert "ultralytics" in others("yolo_sos.yolo.heads")
 
 
-def test_the_core_knows_torch_alone():
-    for module in of("yolo_sos.core"):
-        assert others(module) <= {"torch"}, module
-        assert all(within(name, "yolo_sos.core") for name in ours(module)), module
+def test_every_module_has_its_room():
+    assert {room(module) for module in modules()} <= {"", *ROOMS, *SHARED}
 
 
-def test_evaluation_takes_arrays():
-    allowed = ("yolo_sos.evaluate", "yolo_sos.data.voc", "yolo_sos.files", "yolo_sos.markdown")
-    command = ("yolo_sos.evaluate.command", "yolo_sos.evaluate.detections")  # on top of the metrics
-    for module in [m for m in of("yolo_sos.evaluate") if m not in command]:
-        assert not others(module) & {"ultralytics", "torch", "torchvision"}, module
-        assert all(within(name, *allowed) for name in ours(module)), module
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_point_one_way(module):
+    here = room(module)
+    allowed = {here, *ROOMS[here]} if here in ROOMS else {*SHARED, "core"}
+    assert {room(name) for name in ours(module)} <= allowed
 
 
-@pytest.mark.parametrize("module", ["yolo_sos", "yolo_sos.config", "yolo_sos.files", "yolo_sos.markdown"])
-def test_what_everyone_reads_knows_neither_torch_nor_the_host(module):
-    assert others(module) <= {"yaml"}
-    assert others(module).isdisjoint({"torch", "ultralytics"})
+@pytest.mark.parametrize("module", sorted(m for m in modules() if room(m) != "core"))
+def test_nobody_reaches_past_the_public_names_of_core(module):
+    assert {name for name in ours(module) if room(name) == "core"} <= OPEN
 
 
-def test_the_host_is_known_where_it_must_be():
-    allowed = (
-        *("yolo_sos.heads", "yolo_sos.train", "yolo_sos.checkpoint", "yolo_sos.data", "yolo_sos.experiment"),
-        *("yolo_sos.analyze", "yolo_sos.arguments", "yolo_sos.memory", "yolo_sos.cli"),
-        "yolo_sos.evaluate.detections",
-    )
-    knowing = [module for module in modules() if "ultralytics" in others(module)]
-    assert [module for module in knowing if not within(module, *allowed)] == []
+@pytest.mark.parametrize("module", sorted(m for m in modules() if room(m) == "core"))
+def test_core_knows_torch_alone(module):
+    assert others(module) <= {"torch"}
 
 
-def test_nobody_but_the_tools_knows_the_command():
-    for module in modules():
-        if module != "yolo_sos.cli":
-            assert not [name for name in imports(module) if within(name, "yolo_sos.cli", "tools")], module
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_metrics_take_arrays(name):
+    module = f"yolo_sos.evaluate.{name}"
+    assert not others(module) & {"ultralytics", "torch", "torchvision"}
+    assert all(room(n) != "evaluate" or n.split(".")[-1] in (*WITHOUT_TORCH, "evaluate") for n in ours(module))
 
 
-def test_lower_layers_do_not_know_higher_ones():
-    higher = {
-        "yolo_sos.config": ["yolo_sos.heads", "yolo_sos.train", "yolo_sos.checkpoint"],
-        "yolo_sos.heads": ["yolo_sos.config", "yolo_sos.train", "yolo_sos.checkpoint", "yolo_sos.data"],
-        "yolo_sos.train": ["yolo_sos.checkpoint", "yolo_sos.evaluate", "yolo_sos.experiment"],
-        "yolo_sos.analyze": ["yolo_sos.train", "yolo_sos.data", "yolo_sos.evaluate", "yolo_sos.experiment"],
-        "yolo_sos.data": ["yolo_sos.core", "yolo_sos.heads", "yolo_sos.train", "yolo_sos.checkpoint"],
-        "yolo_sos.files": ["yolo_sos"],
-    }
-    for package, forbidden in higher.items():
-        for module in of(package):
-            assert not [name for name in ours(module) if within(name, *forbidden)], module
+@pytest.mark.parametrize("name", SHARED)
+def test_what_everyone_reads_knows_neither_torch_nor_ultralytics(name):
+    module = f"yolo_sos.{name}"
+    if name != "versions":  # which is about the versions of the two
+        assert others(module) <= {"yaml"}
 
 
 def test_no_module_imports_itself_on_a_detour():
-    # The package itself names its modules as text; every import of one of them runs it first.
-    graph = {module: set(ours(module, types=False)) - {"yolo_sos"} for module in modules()}
-    assert imports("yolo_sos") <= {"importlib"}
+    graph = {module: ours(module, types=False) for module in modules()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as e:
@@ -150,40 +143,43 @@ def loaded_by(code: str) -> set[str]:
     """Return the heavy packages that a fresh interpreter has loaded after running some code."""
     heavy = ["torch", "torchvision", "ultralytics", "numpy", "cv2", "matplotlib", "sklearn", "scipy", "pycocotools"]
     code += f"; import sys, json; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
-    return set(json.loads(out.stdout.splitlines()[-1]))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_the_package_loads_nothing_heavy():
-    import yolo_sos
-
-    code = (
-        "import yolo_sos, yolo_sos.files, yolo_sos.cli; from yolo_sos.config import SOSConfig; SOSConfig.from_dict({})"
-    )
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import yolo_sos; dir(yolo_sos), yolo_sos.__version__",
+        "import yolo_sos.core, yolo_sos.files, yolo_sos.markdown, yolo_sos.builtin",
+        "from yolo_sos.config import SOSConfig; SOSConfig.from_dict({'sos_rank': 3})",
+        "import yolo_sos.cli; from yolo_sos.arguments import training_keys; training_keys()",
+    ],
+)
+def test_settings_and_the_command_load_nothing_heavy(code):
     assert loaded_by(code) == set()
-    assert loaded_by("import yolo_sos; dir(yolo_sos), yolo_sos.__version__") == set()
-    assert set(dir(yolo_sos)) == set(yolo_sos.__all__)
 
 
-def test_the_core_loads_no_host():
-    loaded = loaded_by("import yolo_sos.core; from yolo_sos import shift_layers")
+def test_core_loads_no_ultralytics():
+    loaded = loaded_by("from yolo_sos import SOS, shift_model")
     assert "torch" in loaded and not loaded & {"ultralytics", "cv2", "matplotlib"}
 
 
-def test_evaluation_loads_neither_torch_nor_the_host():
-    assert not loaded_by("import yolo_sos.evaluate") & {"torch", "ultralytics", "torchvision"}
+def test_metrics_load_neither_torch_nor_ultralytics():
+    names = ", ".join(f"yolo_sos.evaluate.{name}" for name in WITHOUT_TORCH)
+    assert not loaded_by(f"import yolo_sos.evaluate, {names}") & {"torch", "ultralytics", "torchvision"}
 
 
 def test_public_names_are_those_of_their_modules():
     import yolo_sos
     from yolo_sos.config import SOSConfig
-    from yolo_sos.core import shift_layers
-    from yolo_sos.heads import final_layers
-    from yolo_sos.train import SOSDetectionTrainer
+    from yolo_sos.core import SOS, shift_model
+    from yolo_sos.trainers import SOSDetectionTrainer
 
-    for value in SOSConfig, shift_layers, final_layers, SOSDetectionTrainer:
+    for value in SOSConfig, SOS, shift_model, SOSDetectionTrainer:
         assert getattr(yolo_sos, value.__name__) is value
     for name in yolo_sos.__all__:
         assert name == "__version__" or getattr(yolo_sos, name).__name__ == name
+    assert set(dir(yolo_sos)) <= {*yolo_sos.__all__}
     with pytest.raises(AttributeError, match=r"no attribute 'SOSTrainer'. Available: .*SOSDetectionTrainer"):
         yolo_sos.SOSTrainer  # noqa: B018

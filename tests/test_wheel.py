@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -14,8 +15,8 @@ import pytest
 
 import yolo_sos
 
-pytest.importorskip("build")
-pytest.importorskip("hatchling")
+for module in "build", "hatchling":
+    pytest.importorskip(module, reason=f"{module} is not installed: pip install -e '.[dev]'")
 ROOT = Path(__file__).parents[1]
 
 
@@ -29,7 +30,7 @@ def run(*args, **kwargs) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
-    run("-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT)
+    run("-m", "build", "--sdist", "--wheel", "--no-isolation", "--outdir", folder, ROOT)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -43,8 +44,15 @@ def test_the_wheel_holds_the_package_and_every_named_config(wheel):
             name = path.relative_to(ROOT).as_posix()
             assert (name if folder == "yolo_sos" else f"yolo_sos/{name}") in names
     packaged = (n for n in names if ".dist-info/" not in n)
-    assert {n.split("/")[0] for n in packaged} == {"yolo_sos"}  # no tests, no tools
+    assert {n.split("/")[0] for n in packaged} == {"yolo_sos"}  # no tests, no tools, no studies
     assert [n for n in names if n.endswith("LICENSE")]
+
+
+def test_the_source_distribution_can_be_tested_and_holds_no_studies(wheel):
+    (sdist,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/")[1] for name in archive.getnames() if "/" in name}
+    assert {"yolo_sos", "cfg", "tests", "tools", "pyproject.toml"} <= names and not {"studies", "results"} & names
 
 
 def test_it_works_from_elsewhere(wheel, tmp_path):
@@ -52,7 +60,8 @@ def test_it_works_from_elsewhere(wheel, tmp_path):
     elsewhere.mkdir()
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", target, wheel)
     code = (
-        "import json, yolo_sos; from yolo_sos.config import CFG_DIR, SOSConfig, resolve_data; "
+        "import json, yolo_sos; from yolo_sos.config import SOSConfig; "
+        "from yolo_sos.builtin import CFG_DIR, resolve_data; "
         "print(json.dumps([yolo_sos.__file__, str(CFG_DIR), SOSConfig.from_dict({}).to_dict(), "
         "resolve_data('digits.yaml')]))"
     )

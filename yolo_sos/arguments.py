@@ -1,62 +1,80 @@
 # yolo-sos, AGPL-3.0
-"""The arguments of a training: the host's and ours, by name, and the ``cfg=`` files that hold them."""
+"""The arguments of a training, Ultralytics' and ours, and the ``cfg=`` files that hold them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from difflib import get_close_matches
+import re
+from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from yolo_sos.config import SOSConfig, resolve_cfg
+from yolo_sos.builtin import resolve_cfg
+from yolo_sos.config import KEYS, SCHEMA, check_keys, setting_type
 
-# Keys that the host takes beside those of its defaults: deprecated ones, which it translates or drops with a warning.
-ALSO_TAKEN = (
+# Keys that Ultralytics takes beside those of its defaults: it translates them, or drops them with a warning.
+DEPRECATED = (
     *("save_dir", "half", "int8", "end2end", "boxes", "hide_labels", "hide_conf", "line_thickness"),
     *("label_smoothing", "save_hybrid", "crop_fraction", "keras"),
 )
 
 
-def host_keys() -> list[str]:
-    """Return the arguments of 'yolo', read from its file of defaults: importing the host takes a second."""
+@dataclass(frozen=True)
+class Argument:
+    """An argument of a command; one whose default is a bool may stand without a value: ``exist_ok``.
+
+    Attributes:
+        name (str): Its key.
+        default (Any): Its default.
+        type (str): Its type in words.
+        help (str): What it does.
+    """
+
+    name: str
+    default: Any
+    type: str
+    help: str
+
+
+def sos_arguments() -> list[Argument]:
+    """Return the settings of SOS."""
+    return [Argument(key, f.default, setting_type(key), f.metadata["help"]) for key, f in SCHEMA.items()]
+
+
+@cache
+def ultralytics_arguments() -> tuple[Argument, ...]:
+    """Return the arguments of 'yolo', read from its file of defaults: importing Ultralytics takes a second."""
     spec = find_spec("ultralytics")
     if spec is None or spec.origin is None:
-        raise ValueError("ultralytics is not installed. Install it with: pip install ultralytics")
-    return list(yaml.safe_load((Path(spec.origin).parent / "cfg/default.yaml").read_text(encoding="utf-8")))
+        raise ImportError("ultralytics is not installed: pip install ultralytics")
+    text = (Path(spec.origin).parent / "cfg/default.yaml").read_text(encoding="utf-8")
+    comments = {key: about for key, *about in re.findall(r"^(\w+):.*?# \(([^)]*)\) (.*)$", text, re.MULTILINE)}
+    return tuple(Argument(key, default, *comments.get(key, ("", ""))) for key, default in yaml.safe_load(text).items())
 
 
 def training_keys() -> list[str]:
-    """Return every argument that a training takes."""
-    return [*SOSConfig.keys(), *host_keys(), *ALSO_TAKEN]
+    """Return the key of every argument that a training takes."""
+    return [*KEYS, *(argument.name for argument in ultralytics_arguments()), *DEPRECATED]
 
 
-def check_keys(keys: Iterable[str], valid: Iterable[str], source: str = "") -> None:
-    """Raise a ``ValueError`` that names the first key that is not valid, and the nearest one that is.
+def with_file(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments with those of their ``cfg=`` file, if they name one; its values give way to theirs.
 
-    Args:
-        keys (Iterable[str]): What was given.
-        valid (Iterable[str]): What can be given.
-        source (str): The file that the keys stand in, if they do.
-    """
-    valid = list(valid)
-    for key in keys:
-        if key not in valid:
-            near = get_close_matches(str(key), valid, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{source}{': ' if source else ''}'{key}' is not a valid argument. Did you mean '{near}'?")
-
-
-def find_cfg(name: str) -> Path:
-    """Return the path of a ``cfg=`` file: one of ours, such as ``cifar/rows.yaml``, or one that the host finds.
+    The file is one of ours, such as ``cifar/rows.yaml``, or one that Ultralytics finds.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is wrong.
     """
+    own = {key: value for key, value in arguments.items() if key != "cfg"}
+    if arguments.get("cfg") is None:
+        return own
     from ultralytics.utils.checks import check_yaml
 
-    return Path(check_yaml(resolve_cfg(name))).resolve()
+    return {**read_cfg(Path(check_yaml(resolve_cfg(arguments["cfg"]))).resolve()), **own}
 
 
 def read_cfg(path: Path, default: Path | None = None, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -75,8 +93,8 @@ def read_cfg(path: Path, default: Path | None = None, above: tuple[Path, ...] = 
     if path in above:
         raise ValueError(f"{path}: its 'cfg' leads back to itself.")
     content = YAML.load(path)
-    content.pop("arms", None)  # of an experiment's default.yaml: where its arms lie
-    check_keys(content, [*training_keys(), "cfg"], str(path))
+    content.pop("arms", None)  # of an experiment's default.yaml: the folder of its arms
+    check_keys(content, training_keys(), source=str(path))
     base = content.pop("cfg", None)
     if not base:
         return content

@@ -6,26 +6,42 @@ To change a setting, change it here and write the file anew: ``python -m yolo_so
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
 import yaml
 
-from yolo_sos.core import checks
+from yolo_sos.core import METHODS, SOLVERS, WEIGHTINGS, Method, checks
 from yolo_sos.core.checks import Check, boolean, choice, number, optional
-from yolo_sos.core.method import METHODS, SOLVERS, WEIGHTINGS, Method
+from yolo_sos.markdown import markdown_table
 
 CHECKPOINT_KEY = "sos"  # of a checkpoint: what was done to it, in plain values
 KINDS = ("box", "cls", "mask", "kpt", "angle", "linear")  # of final layers
 PEERS = ("sam", "asam", "gnp")
 SECTIONS = {
     "sos": "Stochastic optimum shifting. `yolo-sos shift` takes those of a single shift, with or without `sos_`.",
-    "recipe": "Not of SOS, but of the recipe that it was published with: these act with sos=false too.",
-    "peers": "Not of SOS, but its peers, to compare it with or to combine it with: with sos=false too.",
-    "analyze": "Measures, and changes nothing: with sos=false too.",
+    "recipe": "Of the recipe that SOS was published with: these act with sos=false too.",
+    "peers": "Other ways to flat minima, to compare SOS with or to combine it with: these act with sos=false too.",
+    "analyze": "A measurement, which changes nothing: with sos=false too.",
 }
+
+
+def check_keys(keys: Iterable[str], valid: Iterable[str], what: str = "a valid argument", source: str = "") -> None:
+    """Raise a ``ValueError`` that names the first key that is not valid, and the nearest one that is.
+
+    Args:
+        keys (Iterable[str]): What was given.
+        valid (Iterable[str]): What can be given.
+        what (str): What a valid key is called.
+        source (str): The file that holds the keys, if one does.
+    """
+    valid = list(valid)
+    for key in keys:
+        if key not in valid:
+            near = get_close_matches(str(key), valid, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{source}{': ' if source else ''}'{key}' is not {what}. Did you mean '{near}'?")
 
 
 def _layers(key: str, value: Any) -> str | list[str]:
@@ -51,8 +67,8 @@ _COUNT = number("an integer of at least 1, or none", lambda x: x >= 1, integer=T
 _POSITIVE = number("a number above 0, or none", lambda x: x > 0)
 
 
-def _setting(default: Any, kind: str, check: Check, text: str, section: str = "sos") -> Any:
-    return field(default=default, metadata={"type": kind, "check": check, "help": text, "section": section})
+def _setting(default: Any, check: Check, text: str, section: str = "sos") -> Any:
+    return field(default=default, metadata={"check": check, "help": text, "section": section})
 
 
 @dataclass(frozen=True)
@@ -63,62 +79,53 @@ class SOSConfig:
         ValueError: If a value is out of range; names the key, the value and what would be right.
     """
 
-    sos: bool = _setting(False, "bool", boolean, "turn SOS on")
+    sos: bool = _setting(False, boolean, "turn SOS on")
     sos_method: str = _setting(
-        "principal", "str", choice(*METHODS), "principal, expected, budget, full or rows (the paper's, Algorithm 1)"
+        "principal", choice(*METHODS), "principal, expected, budget, full or rows (the paper's, Algorithm 1)"
     )
     sos_rank: int | float = _setting(
         0.5,
-        "int | float",
         checks.rank,
         "rank kept (principal), rows expected (expected) or drawn (rows) in each layer; a float up to 1.0 is a "
         "fraction of the layer's input size d",
     )
     sos_weighting: str = _setting(
         "balanced",
-        "str",
         choice(*WEIGHTINGS),
         "whose outputs matter: balanced (every class, and the background, alike), confidence or uniform",
     )
     sos_budget: float = _setting(
         0.01,
-        "float",
         checks.budget,
         "for method budget: relative change of the outputs that is allowed, at least 0 and below 1",
     )
     sos_solver: str = _setting(
-        "svd", "str", choice(*SOLVERS), "for method rows: svd, or gauss, the elimination of Algorithm 1"
+        "svd", choice(*SOLVERS), "for method rows: svd, or gauss, the elimination of Algorithm 1"
     )
     sos_start: float = _setting(
         1.0,
-        "float",
         checks.start,
         "fraction of the epochs before the first shift: 1.0 shifts once, at the end, 0 the untrained head too",
     )
-    sos_interval: int = _setting(5, "int", checks.interval, "epochs from one shift to the next")
-    sos_step: float = _setting(1.0, "float", checks.step, "largest step size t of V + t(V* - V), above 0 and up to 1.0")
+    sos_interval: int = _setting(5, checks.interval, "epochs from one shift to the next")
+    sos_step: float = _setting(1.0, checks.step, "largest step size t of V + t(V* - V), above 0 and up to 1.0")
     sos_momentum: bool = _setting(
-        False, "bool", boolean, "apply the shift of the live weights to the optimizer's momentum as well"
+        False, boolean, "apply the shift of the live weights to the optimizer's momentum as well"
     )
     sos_images: int | None = _setting(
         None,
-        "int | none",
         optional(_COUNT),
         "training images to fit on; half as many others, at most 32, are held out; none: 8, or 3 per class if that is "
         "more, and for a classifier no fewer than the rank",
     )
-    sos_layers: str | list[str] = _setting(
-        "all", "str | list", _layers, f"all, or kinds of final layers: {', '.join(KINDS)}"
-    )
+    sos_layers: str | list[str] = _setting("all", _layers, f"all, or kinds of final layers: {', '.join(KINDS)}")
     sos_guard: float | None = _setting(
         0.01,
-        "float | none",
         checks.guard,
         "largest relative rise of the held-out loss; above it the shift is shortened or left out; none: no guard",
     )
     lr_steps: list[float] | None = _setting(
         None,
-        "list | none",
         optional(_lr_steps),
         "fractions of the epochs at which the learning rate is divided by 10, such as [0.5, 0.75], in place of lrf and "
         "cos_lr",
@@ -126,35 +133,30 @@ class SOSConfig:
     )
     mixup_alpha: float | None = _setting(
         None,
-        "float | none",
         optional(_POSITIVE),
         "classify: mix each training batch with itself, the share drawn from Beta(alpha, alpha)",
         "recipe",
     )
     sharpness_aware: str | None = _setting(
         None,
-        "str | none",
         optional(choice(*PEERS)),
         "sam, asam or gnp: step along the gradient at weights a step uphill, for twice the time",
         "peers",
     )
     rho: float | None = _setting(
         None,
-        "float | none",
         optional(_POSITIVE),
         "length of the step uphill; none: the papers' 0.05 for sam and gnp, 0.5 for asam",
         "peers",
     )
     swa: float | None = _setting(
         None,
-        "float | none",
         optional(number("a number of at least 0 and less than 1, or none", lambda x: 0 <= x < 1)),
         "fraction of the epochs before weights are averaged over epochs; the average takes the place of the EMA",
         "peers",
     )
     sos_analyze: int | None = _setting(
         None,
-        "int | none",
         optional(_COUNT),
         "measure a Hessian trace and neural collapse every so many epochs, into results.csv and analyze.png",
         "analyze",
@@ -174,10 +176,7 @@ class SOSConfig:
         Raises:
             ValueError: If a key is unknown or a value out of range; names the key and what would be right.
         """
-        for key in settings:
-            if key not in KEYS:
-                near = get_close_matches(str(key), KEYS, n=1, cutoff=0.0)[0]
-                raise ValueError(f"'{key}' is not a setting of SOS. Did you mean '{near}'? See 'yolo-sos cfg'.")
+        check_keys(settings, KEYS, "a setting of SOS")
         return cls(**settings)
 
     @classmethod
@@ -214,7 +213,7 @@ class SOSConfig:
         return KINDS if isinstance(self.sos_layers, str) else tuple(self.sos_layers)
 
 
-SCHEMA = {f.name: f for f in fields(SOSConfig)}  # name → field with default and metadata type, check, help, section
+SCHEMA = {f.name: f for f in fields(SOSConfig)}  # name → field with its default, and metadata check, help, section
 KEYS = tuple(SCHEMA)
 RECIPE = tuple(key for key, f in SCHEMA.items() if f.metadata["section"] != "sos")  # settings that act with sos=false
 # Settings of a single shift, without their "sos_"; the others are of a training: whether, when and how far it shifts.
@@ -226,6 +225,16 @@ def is_sos_key(key: str) -> bool:
     return key == "sos" or key.startswith("sos_") or key in RECIPE
 
 
+def setting_type(key: str) -> str:
+    """Return the type of a setting in words: ``bool``, ``float | none``."""
+    return str(SCHEMA[key].type).replace("[str]", "").replace("[float]", "").replace("None", "none")
+
+
+def setting_default(key: str) -> str:
+    """Return the default of a setting as YAML has it."""
+    return yaml.safe_dump(SCHEMA[key].default).removesuffix("...\n").strip()
+
+
 def settings_yaml() -> str:
     """Return ``cfg/sos.yaml``: every setting with its default, its type and what it does, by section."""
     lines = ["# Every setting of yolo-sos for training: default, type and meaning. `yolo-sos cfg` prints this file."]
@@ -233,9 +242,14 @@ def settings_yaml() -> str:
         lines += ["", f"# {text}"]
         for key, f in SCHEMA.items():
             if f.metadata["section"] == section:
-                default = yaml.safe_dump(f.default).removesuffix("...\n").strip()
-                lines.append(f"{key}: {default} # ({f.metadata['type']}) {f.metadata['help']}")
+                lines.append(f"{key}: {setting_default(key)} # ({setting_type(key)}) {f.metadata['help']}")
     return "\n".join(lines) + "\n"
+
+
+def settings_table() -> str:
+    """Return the settings as the table that README shows."""
+    rows = [[f"`{key}`", f"`{setting_default(key)}`", f.metadata["help"]] for key, f in SCHEMA.items()]
+    return markdown_table([["key", "default", "meaning"], *rows], texts=3)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from faults_table import collected
 from ultralytics import YOLO
 from ultralytics.utils import LOGGER
 
-from yolo_sos.train import SOSDetectionTrainer
+from yolo_sos.trainers import SOSDetectionTrainer
 
 
 def pytest_configure(config):
     """Declare the marks that the table is made of."""
-    config.addinivalue_line("markers", "feature(what, outcome): a feature of the host, together with SOS")
+    config.addinivalue_line("markers", "feature(what, outcome): a feature of Ultralytics, together with SOS")
     config.addinivalue_line("markers", "fault(what, outcome): a fault or bad input, and what must follow")
 
 

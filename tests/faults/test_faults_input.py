@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
+from ultralytics import YOLO
 from ultralytics.utils import YAML
 from ultralytics.utils.patches import torch_load
 
 from yolo_sos import cli
+from yolo_sos.cli import train as train_mode
 from yolo_sos.config import SOSConfig
+from yolo_sos.data import digits as digits_set
 from yolo_sos.data.voc import read_annotation
 from yolo_sos.evaluate.coco_files import read_coco_truth
 from yolo_sos.files import read_json
@@ -114,18 +119,49 @@ def test_no_data(refused, tiny):
 
 
 @fault("an error in the middle of a training", "not taken for bad input: its traceback is shown")
-def test_errors_of_the_training_itself_keep_their_traceback(monkeypatch):
-    class Model:
-        def add_callback(self, event, callback):
-            assert event == "on_train_start"
-            self.callback = callback
+def test_errors_of_the_training_itself_keep_their_traceback(monkeypatch, tiny):
+    callbacks = {}
+    monkeypatch.setattr(YOLO, "add_callback", lambda self, event, callback: callbacks.update({event: callback}))
 
-        def train(self, **_):
-            self.callback(self)
-            raise ValueError("of epoch 3")
+    def train(self, **_):
+        callbacks["on_train_start"](self)
+        raise ValueError("of epoch 3")
 
+    monkeypatch.setattr(YOLO, "train", train)
     with pytest.raises(ValueError, match="of epoch 3"):
-        cli.run_training(Model(), {})
+        train_mode.run({"model": str(tiny), "data": "x.yaml", "sos": True})
+
+
+@fault("a mode, a key or a word that there is not", "exits with 2; names it, and the nearest key")
+def test_unknown_words(refused):
+    assert "'foo' is not a mode, a task or a switch" in refused("foo")
+    assert "'foo' is not a switch of train" in refused("train", "foo")
+    assert "Did you mean 'sos_rank'" in refused("train", "sos_rnk=3")
+    assert "mode must be one of train, shift" in refused("mode=foo")
+
+
+@fault("an extra that is not installed", "exits with 2 and names the extra, before a download")
+def test_extras(refused, monkeypatch, tiny):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    monkeypatch.setattr(YOLO, "__init__", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert "pip install 'yolo-sos[peers]'" in refused("train", "model=yolov5s.pt", "sharpness_aware=sam")
+
+
+@fault("data=digits-cls without scikit-learn", "exits with 2 and names the extra")
+def test_digits_without_scikit_learn(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    digits_set._load_source.cache_clear()
+    monkeypatch.setattr("ultralytics.utils.DATASETS_DIR", Path("sets").absolute())
+    assert "pip install 'yolo-sos[digits]'" in refused(
+        *("train", "data=digits-cls", "model=yolo11n-cls.yaml", "imgsz=32", "device=cpu")
+    )
+
+
+@fault("experiment bccd without BCCD_ROOT", "exits with 2; says what to set and where to get the images")
+def test_bccd_without_its_images(refused, monkeypatch):
+    monkeypatch.delenv("BCCD_ROOT", raising=False)
+    monkeypatch.setattr("ultralytics.data.utils.DATASETS_DIR", Path("sets").absolute())
+    assert "BCCD_ROOT: set this environment variable" in refused("experiment", "bccd", "arms=baseline", "seeds=0")
 
 
 # XML and JSON -------------------------------------------------------------------------------------------------------

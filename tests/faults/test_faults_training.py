@@ -18,8 +18,9 @@ import torch
 import yaml
 from ultralytics.utils.patches import torch_load
 
-from yolo_sos.train import mixin
-from yolo_sos.train.sampling import ShiftSample
+from yolo_sos.core import SOS
+from yolo_sos.yolo.heads import YoloTask
+from yolo_sos.yolo.images import ImageSample
 
 fault = pytest.mark.fault
 
@@ -35,8 +36,8 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from ultralytics import YOLO
-from yolo_sos.core import shift
-from yolo_sos.train import SOSDetectionTrainer
+from yolo_sos.core import engine
+from yolo_sos.trainers import SOSDetectionTrainer
 
 where, settings = sys.argv[1], json.loads(sys.argv[2])
 calls = []
@@ -54,9 +55,9 @@ def kill_at(owner, name, number, condition=lambda *_: True):
     setattr(owner, name, stand_in)
 
 if where == "shift":  # six layers of the EMA and six of the model in each epoch: amid those of the second epoch's EMA
-    kill_at(shift, "write_weight", 16)
+    kill_at(engine, "write_weight", 16)
 elif where == "checkpoint":  # last and best in each epoch
-    kill_at(Path, "write_bytes", 3, lambda path, *_: path.parent.name == "weights")
+    kill_at(Path, "write_bytes", 3, lambda path, *_: path.suffix == ".pt")
 else:
     kill_at(Path, "write_text", 2, lambda path, *_: path.suffix == ".csv")
 YOLO(settings.pop("model")).train(trainer=SOSDetectionTrainer, **settings)
@@ -141,29 +142,32 @@ def test_no_space_for_the_log(train, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        pytest.param("model.5.cv2.0.2.weight", torch.nan, marks=fault("NaN in a final layer", "not shifted; told")),
-        pytest.param("model.5.cv2.0.2.weight", torch.inf, marks=fault("Inf in a final layer", "not shifted; told")),
-        pytest.param("model.0.conv.weight", torch.nan, marks=fault("NaN in all features", "not shifted; told")),
-        pytest.param("model.0.conv.weight", torch.inf, marks=fault("Inf in a backbone's weight", "not shifted; told")),
+        pytest.param("model.5.cv2.0.2.weight", torch.nan, marks=fault("NaN in a final layer", "not shifted; reported")),
+        pytest.param("model.5.cv2.0.2.weight", torch.inf, marks=fault("Inf in a final layer", "not shifted; reported")),
+        pytest.param("model.0.conv.weight", torch.nan, marks=fault("NaN in all features", "not shifted; reported")),
+        pytest.param(
+            "model.0.conv.weight", torch.inf, marks=fault("Inf in a backbone's weight", "not shifted; reported")
+        ),
     ],
 )
 def test_weights_that_are_not_finite(train, monkeypatch, name, value):
-    shift, seen = mixin.shift_layers, []
+    shift, seen = SOS.shift, []
 
-    def spoilt(model, layers, *args, **kwargs):
+    def spoilt(sos, *args, **kwargs):
+        model, layers = sos.model, sos.layers
         with torch.no_grad():
             weight = model.get_parameter(name).view(-1)
             kept = weight[0].clone()
             weight[0] = value
             before = [layer.module.weight.clone() for layer in layers]
-            report = shift(model, layers, *args, **kwargs)
+            report = shift(sos, *args, **kwargs)
             for layer, old in zip(layers, before, strict=True):
                 torch.testing.assert_close(layer.module.weight, old, rtol=0, atol=0, equal_nan=True)
             weight[0] = kept
         seen.append(report.status)
         return report
 
-    monkeypatch.setattr(mixin, "shift_layers", spoilt)
+    monkeypatch.setattr(SOS, "shift", spoilt)
     run = train()
     assert len(seen) == 4 and not {"ok", "guarded"} & set(seen)
     assert {row["t"] for row in run.rows("sos.csv")} == {"0.0"}
@@ -185,7 +189,7 @@ def assert_whole_after_the_end(run):
     ],
 )
 def test_a_heldout_loss_that_is_not_finite(train, monkeypatch, value):
-    monkeypatch.setattr(mixin.HostTask, "loss", lambda *_: torch.tensor(value))
+    monkeypatch.setattr(YoloTask, "loss", lambda *_: torch.tensor(value))
     run = train()
     rows = run.rows("sos.csv")
     assert {row["t"] for row in rows} == {"0.0"}
@@ -219,9 +223,9 @@ def spoil(monkeypatch):
             def __len__(self):
                 return len(self.view)
 
-        init = ShiftSample.__init__
+        init = ImageSample.__init__
         monkeypatch.setattr(
-            ShiftSample, "__init__", lambda self, trainer, view, *a: init(self, trainer, View(view), *a)
+            ImageSample, "__init__", lambda self, view, *args, **kwargs: init(self, View(view), *args, **kwargs)
         )
 
     return spoil
@@ -281,17 +285,17 @@ def test_no_sampled_image_can_be_read(train, spoil):
 )
 def test_out_of_memory(train, monkeypatch, error):
     """With 4 images or fewer there is enough: of each epoch's 8, half; and no model is shifted twice."""
-    shift, sizes, shifted = mixin.shift_layers, [], []
+    shift, sizes, shifted = SOS.shift, [], []
 
-    def hungry(model, layers, fit, *args, **kwargs):
-        batches = list(fit)
+    def hungry(sos, batches, *args, **kwargs):
+        batches = list(batches)
         sizes.append(sum(len(batch["img"]) for batch in batches))
         if sizes[-1] > 4:
             raise error
-        shifted.append(id(model))
-        return shift(model, layers, batches, *args, **kwargs)
+        shifted.append(id(sos.model))
+        return shift(sos, batches, *args, **kwargs)
 
-    monkeypatch.setattr(mixin, "shift_layers", hungry)
+    monkeypatch.setattr(SOS, "shift", hungry)
     run = train()
     assert sizes == 2 * [8, 4, 4]
     assert len(shifted) == 4 and len(set(shifted)) == 2
@@ -300,11 +304,11 @@ def test_out_of_memory(train, monkeypatch, error):
 
 
 @fault("out of memory with a single image", "stops with that error, after halving; the weights stay")
-def test_out_of_memory_for_good(train, monkeypatch):
+def test_out_of_memory_with_one_image(train, monkeypatch):
     def hungry(*_, **__):
         raise MemoryError("of a shift")
 
-    monkeypatch.setattr(mixin, "shift_layers", hungry)
+    monkeypatch.setattr(SOS, "shift", hungry)
     run = train(error=MemoryError)
     assert str(run.error) == "of a shift"
     tried = [line.split("trying ")[1] for line in run.log if "Out of memory" in line]
@@ -319,7 +323,7 @@ def test_another_error_is_not_retried(train, monkeypatch):
         calls.append(1)
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(mixin, "shift_layers", fail)
+    monkeypatch.setattr(SOS, "shift", fail)
     assert str(train(error=RuntimeError).error) == "shapes do not fit"
     assert len(calls) == 1
 

@@ -1,24 +1,25 @@
 # yolo-sos, AGPL-3.0
-"""Two processes in the host's own loop, started by hand with torch.distributed.run; on the CPU, by gloo."""
+"""Two processes in Ultralytics' own loop, started by hand with torch.distributed.run; on the CPU, by gloo."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 
-# The host knows DDP on GPUs alone: what it says of a device is left out, everything else is its own code.
+# Ultralytics knows DDP on GPUs alone: what it says of a device is left out, everything else is its own code.
 WORKER = """
 import hashlib, json, os, sys, traceback
 from pathlib import Path
 import torch
 from torch import distributed as dist, nn
 from ultralytics.utils.torch_utils import unwrap_model
-from yolo_sos.train import SOSDetectionTrainer, mixin
+from yolo_sos.core import SOS
+from yolo_sos.trainers import SOSDetectionTrainer
+from yolo_sos.yolo.heads import final_layers
 
 class DDP(nn.parallel.DistributedDataParallel):
     def __init__(self, module, device_ids, **options):
@@ -52,23 +53,26 @@ def digest(model, names):
 def parameters(trainer):
     return [n for n, _ in unwrap_model(trainer.model).named_parameters()]
 
+def shifted_weights(trainer):
+    return sorted(f"{layer.name}.weight" for layer in final_layers(unwrap_model(trainer.model)))
+
 def note(trainer):
-    names, final = parameters(trainer), sorted(f"{n}.weight" for n in trainer._shifted_names)
+    names, final = parameters(trainer), shifted_weights(trainer)
     models = {"model": unwrap_model(trainer.model), "ema": trainer.ema.ema}
     told[-1] |= {name: [digest(model, names), digest(model, final)] for name, model in models.items()}
 
 def batch_end(trainer):
-    final = sorted(f"{n}.weight" for n in trainer._shifted_names)
+    final = shifted_weights(trainer)
     statistics = torch.cat([b.float().view(-1) for n, b in unwrap_model(trainer.model).named_buffers()])
     before, total = digest(trainer.ema.ema, final), float(statistics.sum())
     told.append({"files": trainer.files, "before": before, "statistics": total})
 
 if fail:
-    real = mixin.shift_layers
-    def shift_layers(*args, **kwargs):
+    real = SOS.shift
+    def shift(*args, **kwargs):
         real(*args, **kwargs)
         raise ZeroDivisionError("of the shift")
-    mixin.shift_layers = shift_layers
+    SOS.shift = shift
 
 trainer = Trainer(json.loads(sys.argv[1]))
 trainer.add_callback("on_train_batch_end", batch_end)
@@ -80,6 +84,7 @@ except Exception as e:
     traceback.print_exc()
     error = f"{type(e).__name__}: {e}"
 (folder / f"{os.environ['RANK']}.json").write_text(json.dumps({"told": told, "error": error}))
+dist.barrier()  # a rank that leaves early breaks the connections of the other
 dist.destroy_process_group()
 """
 
@@ -89,12 +94,10 @@ def launch(defaults, tmp_path):
     """``launch(how)`` returns what two workers noted."""
 
     def launch(how: str) -> list[dict]:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
         script = tmp_path / "worker.py"
         script.write_text(WORKER)
-        place = ["--master_addr=127.0.0.1", f"--master_port={port}", "--nproc_per_node=2"]
+        # A port that is chosen by whoever binds it: one that is found free here may be taken by then.
+        place = ["--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2"]
         settings = json.dumps({**defaults, "amp": False, "batch": 12, "val": False})
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", *place, str(script), settings, str(tmp_path), how],

@@ -43,9 +43,9 @@ def split_sizes(available: int, images: int | None, *, guarded: bool = True, sel
     """
     sets = 2 + selection
     if available < sets and (guarded or selection):
+        there = f"there {'is' if available == 1 else 'are'} {available}"
         raise ValueError(
-            f"A shift needs at least {sets} training images, one to fit on and {sets - 1} to hold out; there are "
-            f"{available}. Set sos_guard=none to shift without held-out images."
+            f"A shift needs at least {sets} training images, 1 to fit on and {sets - 1} to hold out; {there}."
         )
     half = HELD_OUT if images is None else max(1, images // 2)
     held = min(HELD_OUT, half, max(1, available // (3 + selection))) if available > 1 else 0

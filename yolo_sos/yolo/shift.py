@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER
 
 from yolo_sos.config import SHIFT_SETTINGS
-from yolo_sos.core import OK, Engine, FinalLayer, HeldOut, Shift, as_float64, input_rows, weight_matrix
+from yolo_sos.core import OK, Engine, FinalLayer, HeldOut, LayerReport, Shift, as_float64, input_rows, weight_matrix
 from yolo_sos.files import atomic_path, write_text
 from yolo_sos.yolo.heads import YoloTask
 from yolo_sos.yolo.job import PREFIX, CheckpointJob, deviations, heldout_moments
@@ -52,11 +53,9 @@ class CheckpointShift(CheckpointJob):
         settings = {key: getattr(self.config, f"sos_{key}") for key in SHIFT_SETTINGS if rows or key != "solver"}
         sizes = {name: len(of) for name, of in self.images.sets.items() if of}
         settings |= {"images": sizes["fit"], "seed": self.seed, **({"draws": self.draws} if rows else {})}
+        general = engine.report(shift, step, before, after, guard)
         report = CheckpointReport(
-            **{
-                **vars(engine.report(shift, step, before, after, guard)),
-                "layers": self._layers(shift, heldout, weights, step),
-            },
+            **{**vars(general), "layers": self._layers(general.layers, shift, heldout, weights)},
             heldout_full=full,
             model=str(self.checkpoint.path),
             data=self.data.args["data"],
@@ -111,27 +110,18 @@ class CheckpointShift(CheckpointJob):
         return best, tuple(draws)
 
     def _layers(
-        self, shift: Shift, heldout: HeldOut, weights: dict[str, Tensor], step: float
+        self, layers: Sequence[LayerReport], shift: Shift, heldout: HeldOut, weights: dict[str, Tensor]
     ) -> tuple[CheckpointLayer, ...]:
         """Return what happened to the layers, but for the rounding: the file is not written yet."""
         changes = deviations(self.layers, heldout_moments(self.layers, heldout), weights)
         return tuple(
             CheckpointLayer(
-                name=layer.name,
-                kind=layer.kind,
-                level=layer.level,
-                d=weights[layer.name].shape[1],
-                rows=shift.rows[layer.name],
-                rank=shift.results[layer.name].rank,
-                norm_before=shift.results[layer.name].norm_before,
-                norm_after=float(as_float64(weights[layer.name]).norm()),
-                deviation=step * shift.results[layer.name].deviation,
-                status=shift.results[layer.name].status,
+                **{**vars(layer), "norm_after": float(as_float64(weights[layer.name]).norm())},
                 deviation_heldout=changes[layer.name],
                 rounding=math.nan,
                 milliseconds=shift.milliseconds[layer.name],
             )
-            for layer in self.layers
+            for layer in layers
         )
 
     def _judge_file(
@@ -150,12 +140,12 @@ class CheckpointShift(CheckpointJob):
         """
         model, _ = load_checkpoint(path, device=self.device)
         task = YoloTask(model, self.task.criterion)
-        layers = {layer.name: layer for layer in task.layers}
+        before, layers = ({layer.name: layer for layer in of.layers} for of in (self.task, task))
         written = Engine(model, [layers[name] for name in weights], task).hold_out(batches)
         changed, size = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0.0)
         for inputs, new in zip(heldout.inputs, written.inputs, strict=True):
             for name, weight in weights.items():
-                exact = _outputs(layers[name], inputs[name], weight)
+                exact = _outputs(before[name], inputs[name], weight)
                 off = _outputs(layers[name], new[name], weight_matrix(layers[name].module)) - exact
                 changed[name] += float(off.square().sum())
                 size[name] += float(exact.square().sum())

@@ -16,8 +16,7 @@ from ultralytics.utils.patches import torch_load
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_sos.config import CHECKPOINT_KEY
-from yolo_sos.core import SOS, FinalLayer, ShiftReport, is_due
-from yolo_sos.core.sos import SEEDS
+from yolo_sos.core import SEEDS, SOS, FinalLayer, ShiftReport, is_due
 from yolo_sos.files import atomic_path
 from yolo_sos.yolo.heads import YoloTask, final_layers, layers_of_kinds
 from yolo_sos.yolo.images import ImageSample, preserve_rng, split_sizes
@@ -72,7 +71,8 @@ class Shifting(TrainerExtension):
         return self.sos.sos_images or max(IMAGES, PER_CLASS * self.data["nc"])
 
     def _sizes(self, images: int) -> dict[str, int]:
-        return split_sizes(len(self.train_loader.dataset), images, guarded=self.sos.sos_guard is not None)
+        sizes = split_sizes(len(self.train_loader.dataset), images, guarded=self.sos.sos_guard is not None)
+        return {name: sizes[name] for name in ("fit", "heldout")}  # in this order: rare classes are fitted on
 
     def run_callbacks(self, event: str) -> None:
         """Shift at the end of a training epoch, or before the first, ahead of the callbacks.
@@ -131,6 +131,10 @@ class Shifting(TrainerExtension):
         return reports
 
     def _shift_models(self, models: dict[str, nn.Module]) -> dict[str, ShiftReport]:
+        """Shift models, and return the reports by their names; none where all final layers are frozen by now."""
+        if not self._chosen(unwrap_model(self.model)):
+            LOGGER.warning(f"{PREFIX}all final layers are frozen: {' and '.join(models)} not shifted")
+            return {}
         # One seed per epoch: a resumed run draws what an unbroken one would have drawn.
         seed = self.args.seed + SEEDS * (self.epoch + 1)
         samples: dict[int, ImageSample] = {}  # one, for all models
@@ -192,7 +196,9 @@ class Shifting(TrainerExtension):
             return
         epoch = ckpt["epoch"] + 1
         model = ckpt["ema"].float().to(self.device)
-        report = self._shift_models({path.stem: model})[path.stem]
+        report = self._shift_models({path.stem: model}).get(path.stem)
+        if report is None:
+            return
         self._shift_log.add(epoch, {path.stem: report})
         LOGGER.info(f"{PREFIX}{path.name}, of epoch {epoch}: {log_line({'ema': report})}")
         ckpt["ema"] = model.half().cpu()

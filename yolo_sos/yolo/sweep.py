@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
             for p in rest:
                 if p.method == name:
                     settings.setdefault(str(p.setting), []).append(p)
-            curve = sorted((_mean(of, _squared_norm), _mean(of, value)) for of in settings.values())
+            curve = sorted((_mean(of, attrgetter("squared_norm_ratio")), _mean(of, value)) for of in settings.values())
             if not curve:
                 continue
             # `full` lies on the baseline where the rows span everything: a ring around it
@@ -172,10 +173,6 @@ def _metric(scored: tuple[str, dict[str, float]]) -> tuple[str, Callable[[Point]
     split, metrics = scored
     main = headline(metrics)
     return f"{split} {main.removeprefix('metrics/')}", lambda p: p.metrics[split][main]
-
-
-def _squared_norm(point: Point) -> float:
-    return point.squared_norm_ratio
 
 
 def _mean(points: Sequence[Point], value: Callable[[Point], float]) -> float:

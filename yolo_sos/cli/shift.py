@@ -1,0 +1,57 @@
+# yolo-sos, AGPL-3.0
+"""``yolo-sos shift``: shift the final layers of a checkpoint, or trace every method over its range."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from yolo_sos.arguments import Argument, sos_arguments
+from yolo_sos.cli.grammar import Mode, refusing
+from yolo_sos.config import SHIFT_SETTINGS
+
+SETTINGS = {a.name.removeprefix("sos_"): a for a in sos_arguments()}
+OWN = (
+    Argument("model", None, "str", "a checkpoint of Ultralytics, trained with or without SOS"),
+    Argument("data", None, "str", "data set; that of the training if not given"),
+    *(Argument(k, SETTINGS[k].default, SETTINGS[k].type, SETTINGS[k].help) for k in SHIFT_SETTINGS if k != "images"),
+    Argument("images", 512, "int | str", "training images to fit on, or all; others are held out for the guard"),
+    Argument("draws", None, "int", "for method rows: how many draws to try, 10 if not given, and one in a sweep"),
+    Argument("val", True, "bool", "score the val split before and after"),
+    Argument("sweep", False, "bool", "trace every method over its range instead"),
+    Argument("imgsz", None, "int", "image size in pixels; that of the training if not given"),
+    Argument("batch", None, "int", "images at a time; that of the training if not given"),
+    Argument("device", None, "int | str", "such as cpu or 0; what Ultralytics picks if not given"),
+    Argument("seed", 0, "int", "chooses the images and the first draw"),
+    Argument("exist_ok", False, "bool", "replace results that exist"),
+)
+
+
+def run(arguments: dict[str, Any]) -> int:
+    """Shift or sweep; the exit status is 3 if the guard refused every step, so that nothing was written."""
+    with refusing():
+        from yolo_sos.core.checks import boolean
+        from yolo_sos.yolo import CheckpointShift, CheckpointSweep
+
+        if not arguments.get("model"):
+            raise ValueError("shift needs a checkpoint: model=path/to/best.pt")
+        sweep = boolean("sweep", arguments.pop("sweep", False))
+        job = (CheckpointSweep if sweep else CheckpointShift)(**arguments)
+    with refusing(ValueError, OSError):  # an image that cannot be read after all, a disk that is full
+        done = job.run()
+    return 3 if getattr(done, "output", "") is None else 0
+
+
+MODE = Mode(
+    "shift",
+    "shift the final layers of a trained checkpoint",
+    [
+        "shift model=best.pt data=VOC.yaml",
+        "shift model=best.pt method=rows rank=0.5 images=all",
+        "shift model=best.pt sweep",
+    ],
+    lambda: {"Arguments; those of SOS also with sos_ before them:": OWN},
+    run,
+    also=[f"sos_{key}" for key in SHIFT_SETTINGS],
+    result="Writes best-sos.pt and best-sos.json beside best.pt. The exit status is 3, and nothing is written, where "
+    "every step raises the held-out loss by more than guard. sweep writes best-sweep.csv and best-sweep.png.",
+)
