@@ -10,8 +10,8 @@ well is not the shift's. Then the same seeds are trained with SOS from the middl
     python studies/collapse/collapse.py --data /usr/share/datasets/fashion-mnist   # Debian: dataset-fashion-mnist
 
 It takes half an hour on a free CPU core, and writes studies/collapse/collapse.{md,csv,json,png}; text of collapse.md
-outside the two marker lines stays. The committed records were made before rows were drawn by priority: their draws have
-the same distribution, but not the same digits. ``norm_ratio`` in them is a ratio of squared norms.
+outside the two marker lines stays. The committed records were made before rows were drawn by priority: the rows of a
+class, all of equal weight, have the same distribution with other random numbers. ``norm_ratio`` is of squared norms.
 """
 
 from __future__ import annotations

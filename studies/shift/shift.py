@@ -11,7 +11,8 @@ table per model. All points of a model come from one pass over its images and on
 YOLOv5n take four minutes on one CPU core.
 
 The committed records were made when ``balanced`` counted a row in every class by its probability (now: in its most
-probable class alone), with other random numbers, and call ``squared_norm_ratio`` ``norm_ratio``.
+probable class alone) and rows were drawn by exponential keys (now: by priority); their ``norm_ratio`` is what is
+``squared_norm_ratio`` now.
 """
 
 from __future__ import annotations

@@ -225,6 +225,7 @@ def test_conditions_that_do_nothing_leave_the_clean_metric(tool, learned):
     assert all(v.equal(before[k]) for k, v in network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_it_writes_its_files(tool, experiment, workplace, capsys, monkeypatch):
     assert Experiment(str(experiment.name), seeds=(0, 1), splits=("val",), device="cpu").run() == 0
     monkeypatch.setattr(tool, "SEVERITIES", (1,))
