@@ -51,11 +51,10 @@ def table(truth: GroundTruth, runs: Sequence[Scores]) -> str:
         counts = [str(truth.positives()[k]), str(difficult[k]) if truth.difficult_known else "?"]
         rows.append([name, *counts, *(_cell([float(r.ap[m][k]) for r in runs]) for m in metrics)])
     counts = [str(truth.positives().sum()), str(difficult.sum()) if truth.difficult_known else "?"]
-    means = [r.means() for r in runs]
-    rows.append(["**mean**", *counts, *(_cell([one[m] for one in means]) for m in metrics)])
+    rows.append(["**mean**", *counts, *(_cell([r.means()[m] for r in runs]) for m in metrics)])
     text = markdown_table(rows)
     if len(runs) > 1:
-        by_run = [[r.name, *(_cell([one[m]]) for m in metrics)] for r, one in zip(runs, means, strict=True)]
+        by_run = [[r.name, *(_cell([mean]) for mean in r.means().values())] for r in runs]
         text += "\n" + markdown_table([["run", *metrics], *by_run])
     return text
 
@@ -87,9 +86,7 @@ def report_json(truth: GroundTruth, runs: Sequence[Scores], **header: Any) -> di
             {
                 "name": r.name,
                 "mean": r.means(),
-                "per_class": {
-                    name: {m: float(ap[k]) for m, ap in r.ap.items()} for k, name in enumerate(truth.classes)
-                },
+                "per_class": {c: {m: float(ap[k]) for m, ap in r.ap.items()} for k, c in enumerate(truth.classes)},
                 **r.details,
             }
             for r in runs
@@ -99,15 +96,12 @@ def report_json(truth: GroundTruth, runs: Sequence[Scores], **header: Any) -> di
 
 
 def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
-    """Say why the metrics differ, and what about this ground truth limits them.
+    """Return sentences on why the metrics differ and what about this ground truth limits them.
 
     Args:
         truth (GroundTruth): The ground truth.
         iou (float): Threshold of the devkit's metric.
         runs (int): Number of runs in the table.
-
-    Returns:
-        (list[str]): One sentence or two each.
     """
     lines = [
         f"VOC is the devkit's metric at IoU {iou:g}: a detection belongs to the object it overlaps most, and difficult "
@@ -136,6 +130,4 @@ def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
 
 
 def _cell(values: Sequence[float]) -> str:
-    if np.isnan(values).any():
-        return "–"
-    return mean_std(values, ".4f")
+    return "–" if np.isnan(values).any() else mean_std(values, ".4f")
