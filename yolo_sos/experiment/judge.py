@@ -27,13 +27,13 @@ SETTINGS = (
 
 
 def judged_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `judge` and `check_judgement` take of a training's settings, so that they judge as it validated.
+    """Return the settings of a training that its validation depends on, for `judge` and `check_judgement`.
 
     Args:
         config (Mapping[str, Any]): Ultralytics' settings of the training, such as the record of a run keeps.
 
     Returns:
-        (dict[str, Any]): The settings that a validation depends on, without those that are None.
+        (dict[str, Any]): Those that a validation depends on, without those that are None.
 
     Raises:
         ValueError: If the training validated on a part of a split, which a record does not.
@@ -77,7 +77,7 @@ def check_judgement(data: str, split: str, *, task: str, **settings: Any) -> Gro
 def judge(
     weights: str | Path, data: str, split: str, *, task: str, device: Any = None, **settings: Any
 ) -> dict[str, float]:
-    """Validate a model on one split, in one pass and without a sound.
+    """Validate a model on one split in one pass, logging nothing but warnings.
 
     Args:
         weights (str | Path): The checkpoint.
@@ -98,14 +98,13 @@ def judge(
         ValueError: If the checkpoint cannot be judged on this data set, as `check_judgement`; says why.
         RuntimeError: If the validation fails.
     """
-    weights = Path(weights)
-    if not weights.is_file():  # Ultralytics would look for it online
+    if not Path(weights).is_file():  # Ultralytics would look for it online
         raise FileNotFoundError(f"{weights}: no such checkpoint")
     truth = check_judgement(data, split, task=task, **settings)
     val = {"data": data, "split": split, "device": device, "verbose": False, **settings}
     with quiet():
         if truth is not None:
-            validation = detect(weights, truth, **val)
+            validation = detect(Path(weights), truth, **val)
             result = voc_ap(truth, validation.found)
             devkit = {"devkit/AP50-07": mean_ap(result.ap07), "devkit/AP50-10": mean_ap(result.ap)}
             return {**validation.metrics, **devkit}
