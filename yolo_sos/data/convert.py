@@ -165,14 +165,12 @@ def _read_split(trees: Sequence[Path], split: str, sets: Sequence[str]) -> list[
             for image_id in TQDM(ids, desc=f"{split}: reading {tree.name}/{image_set}"):
                 xml = tree / "Annotations" / f"{image_id}.xml"
                 if image_id in samples:
-                    raise ValueError(
-                        f"{split}: two images are called '{image_id}': {samples[image_id].xml} and {xml}; "
-                        "rename one of them, or take its image set into another split"
-                    )
+                    both = f"{samples[image_id].xml} and {xml}"
+                    advice = "rename one of them, or take its image set into another split"
+                    raise ValueError(f"{split}: two images are called '{image_id}': {both}; {advice}")
                 if image_id not in images:
-                    raise FileNotFoundError(
-                        f"{tree / 'JPEGImages' / image_id}.jpg: missing, though image set '{image_set}' lists it"
-                    )
+                    wanted = tree / "JPEGImages" / f"{image_id}.jpg"
+                    raise FileNotFoundError(f"{wanted}: missing, though image set '{image_set}' lists it")
                 samples[image_id] = _Sample(xml, images[image_id], read_annotation(xml))
     if not samples:
         raise ValueError(f"{split}: no image set is named, so it would have no images")

@@ -164,14 +164,8 @@ def split_source(seed: int = 0) -> dict[str, np.ndarray]:
 def draw_scene(rng: np.random.Generator, sources: Sequence[int] | np.ndarray, imgsz: int, count: int) -> Scene:
     """Draw one image.
 
-    Args:
-        rng (np.random.Generator): Where all choices come from.
-        sources (Sequence[int] | np.ndarray): Indices of the source digits to choose from.
-        imgsz (int): Side of the image in pixels.
-        count (int): Number of digits. A digit that finds no place is left out, which takes a very full image.
-
-    Returns:
-        (Scene): The image and what it shows.
+    All choices come from ``rng``, also that of ``count`` source digits by their index. A digit that finds no place is
+    left out, which takes a very full image.
     """
     images, labels = source_digits()
     image = _background(rng, imgsz)
@@ -260,8 +254,7 @@ def _visible(owner: np.ndarray, count: int) -> np.ndarray:
 def _paint(rng: np.random.Generator, patch: np.ndarray, alpha: np.ndarray, outline: np.ndarray) -> None:
     """Paint a sticker: the outline in one colour, the ink over it in a colour of other brightness."""
     dark, light = rng.uniform(0, 80, 3), rng.uniform(170, 255, 3)
-    ink, paper = (dark, light) if rng.random() < 0.5 else (light, dark)
-    patch[outline] = paper
+    ink, patch[outline] = (dark, light) if rng.random() < 0.5 else (light, dark)
     # Half strength where ink begins, full where it is twice as dark: solid strokes with soft edges.
     strength = np.minimum(alpha / (2 * INK), 1)[..., None]
     patch[:] = patch * (1 - strength) + ink * strength

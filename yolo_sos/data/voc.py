@@ -88,11 +88,7 @@ class Selection:
         self.noted: defaultdict[str, list[str]] = defaultdict(list)
 
     def of(self, annotation: VOCAnnotation, size: tuple[float, float] = (math.inf, math.inf)) -> dict[int, Box]:
-        """Return the objects whose box has an area within the image.
-
-        Args:
-            annotation (VOCAnnotation): The annotation of one image.
-            size (tuple[float, float]): Width and height of the image in pixels; infinite if unknown.
+        """Return the objects whose box has an area within the image, of that width and height in pixels, if known.
 
         Returns:
             (dict[int, Box]): Index into ``annotation.objects`` to the box that `clipped_box` gives.
@@ -185,14 +181,8 @@ def read_image_set(root: str | Path, split: str) -> list[str]:
     """Read the image ids of one split.
 
     The set of a class, such as ``cat_train``, has a second column with -1, 0 or 1. A list has that column if its name
-    is made of two parts, every line ends in such a number, and no line as a whole is the name of an annotation.
-
-    Args:
-        root (str | Path): The VOC tree.
-        split (str): Name of the image set, such as ``trainval``. The set of a class gives all of its images.
-
-    Returns:
-        (list[str]): Ids in the order of ``ImageSets/Main/{split}.txt``.
+    is made of two parts, every line ends in such a number, and no line as a whole is the name of an annotation. All of
+    its images are returned, in the order of ``ImageSets/Main/{split}.txt``.
 
     Raises:
         FileNotFoundError: If the tree has no such image set; lists those it has.

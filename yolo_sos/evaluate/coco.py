@@ -46,10 +46,7 @@ class COCOResult:
 def coco_ap(truth: GroundTruth, detections: Detections, backend: str = "pycocotools") -> COCOResult:
     """Evaluate detections by COCO's rules.
 
-    Args:
-        truth (GroundTruth): G objects of K classes; difficult ones count as crowd.
-        detections (Detections): D detections.
-        backend (str): One of `BACKENDS`; all but pycocotools are optional packages.
+    Difficult objects count as crowd. The backend is one of `BACKENDS`; all but pycocotools are optional packages.
 
     Raises:
         ValueError: If there is no such backend.

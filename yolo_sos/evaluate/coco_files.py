@@ -27,11 +27,7 @@ Where = Callable[[int], str]  # names the place of an entry, for errors
 def read_coco_truth(path: str | Path) -> GroundTruth:
     """Read COCO annotations; `iscrowd` marks the difficult objects, and `ignore` is not read, as by pycocotools.
 
-    Args:
-        path (str | Path): The JSON file, with `images`, `categories` and `annotations`.
-
-    Returns:
-        (GroundTruth): Images and categories sorted by id.
+    Images and categories are sorted by id.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -87,12 +83,7 @@ def read_coco_detections(path: str | Path, truth: GroundTruth) -> Detections:
     Where an entry has a `file_name`, as Ultralytics' have, it decides which image is meant: Ultralytics makes the ids
     of file names, whatever ids the annotations give.
 
-    Args:
-        path (str | Path): The JSON file.
-        truth (GroundTruth): Gives images and category ids.
-
-    Returns:
-        (Detections): In the order of the file.
+    The order is that of the file; `truth` gives the ids of images and categories.
 
     Raises:
         FileNotFoundError: If there is no such file.

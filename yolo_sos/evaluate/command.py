@@ -12,8 +12,8 @@ or judge detections that are there, in COCO's JSON or the devkit's files (a fold
 
 The ground truth is --annotations: a VOC tree, of which the image set --split, or COCO JSON. Without it, it is the VOC
 XML in the folder that the data YAML's key `voc` names, laid out like its folder `images`; and without that, the YOLO
-labels, which do not know difficult objects. Images that Ultralytics cannot read are refused by name: without them, a
-model would be judged on a part of the set.
+labels, which do not know difficult objects. Images that Ultralytics cannot read are refused by name, since it would
+leave them out.
 
 Exit status: 0 done; 2 bad input, with a message that says which file and where in it; 1 anything else.
 """
@@ -67,27 +67,22 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(command: str = COMMAND) -> argparse.ArgumentParser:
     """Return the parser of the command line, which declares all options, under the name that its help shows."""
-    parser = _Parser(
-        prog=command,
-        description=(__doc__ or "").replace(COMMAND, command),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    text, raw = (__doc__ or "").replace(COMMAND, command), argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog=command, description=text, formatter_class=raw)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--weights", nargs="+", metavar="PT", help="checkpoints to run; patterns are expanded")
     source.add_argument("--detections", nargs="+", metavar="PATH", help="COCO results (.json) or devkit files (folder)")
     parser.add_argument("--data", metavar="YAML", help="data set: class names, images, ground truth")
     parser.add_argument("--annotations", metavar="PATH", help="ground truth: VOC tree, or COCO annotations (.json)")
-    parser.add_argument(
-        "--split", default="test", help="split of the data set, image set of the VOC tree (%(default)s)"
-    )
+    parser.add_argument("--split", default="test", help="split of the data set or image set of the tree (%(default)s)")
 
     metric = parser.add_argument_group("metrics")
     metric.add_argument("--iou", type=float, default=0.5, help="IoU threshold of the devkit's metric (%(default)s)")
-    metric.add_argument("--coco-backend", choices=BACKENDS, default="pycocotools", help="who counts (%(default)s)")
+    metric.add_argument("--coco-backend", choices=BACKENDS, default="pycocotools", help="COCO's package (%(default)s)")
 
     model = parser.add_argument_group("running the model; what is not given is as in Ultralytics' val")
     model.add_argument("--conf", type=float, default=0.001, help="least confidence of a detection (%(default)s)")
-    model.add_argument("--nms-iou", type=float, default=0.7, help="IoU beyond which NMS drops the lesser (%(default)s)")
+    model.add_argument("--nms-iou", type=float, default=0.7, help="IoU above which NMS drops a box (%(default)s)")
     model.add_argument("--max-det", type=int, default=300, help="most detections per image (%(default)s)")
     model.add_argument("--clip", action="store_true", help="cut boxes off at the image's border, which val does not do")
     model.add_argument("--imgsz", type=int, help="size of the images in pixels; by default that of the training")
@@ -248,9 +243,9 @@ def _show(
 
 
 def _model_notes(runs: Sequence[Scores], clip: bool) -> list[str]:
-    """Say how boxes at the border were taken, and what val printed of itself."""
-    uncut = "Boxes may reach beyond the image's border, as where val judges them; --clip cuts them, as predict does."
-    cut = "Boxes are cut off at the image's border (--clip), as predict does; val judges them uncut."
+    """Say how boxes at the border were treated, and what Ultralytics' val reported."""
+    uncut = "Boxes may reach beyond the image's border, as in Ultralytics' val; --clip cuts them, as predict does."
+    cut = "Boxes are cut off at the image's border (--clip), as predict does; val evaluates them uncut."
     lines = [cut if clip else uncut]
     for run in runs:
         if own := run.details.get("ultralytics_val"):
@@ -309,7 +304,7 @@ def _voc_tree(path: Path) -> Path:
 
 
 def _run_model(path: Path, truth: GroundTruth, args: argparse.Namespace) -> tuple[Detections, dict[str, Any]]:
-    """Run a model, and say what it was and what Ultralytics' val said of it."""
+    """Return a model's detections, and what identifies it, its settings and Ultralytics' own metrics."""
     from yolo_sos.evaluate.detections import class_names, detect
 
     settings = {k: getattr(args, k) for k in ("data", "split", "conf", "max_det", "imgsz", "batch", "device")}

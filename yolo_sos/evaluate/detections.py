@@ -56,9 +56,22 @@ class DataSet:
             FileNotFoundError: If an image has no annotation.
             ValueError: If an annotation is malformed, or one of its classes is unknown.
         """
-        if not self.xml:
-            return _label_truth(self)
-        return xml_truth(self.xml, self.path, {s: d["shape"] for s, d in zip(self.stems(), self.labels, strict=True)})
+        if self.xml:
+            sizes = {s: d["shape"] for s, d in zip(self.stems(), self.labels, strict=True)}
+            return xml_truth(self.xml, self.path, sizes)
+        labels = sorted(self.labels, key=lambda d: Path(d["im_file"]).stem)
+        boxes = []
+        for d in labels:  # fractions of the image's size
+            height, width = d["shape"]
+            centre, size = np.hsplit(np.asarray(d["bboxes"], np.float64).reshape(-1, 4), 2)
+            boxes.append(np.hstack([centre - size / 2, centre + size / 2]) * [width, height, width, height])
+        return GroundTruth.build(
+            classes=class_names(self.path)[1],
+            images=[Path(d["im_file"]).stem for d in labels],
+            image=np.repeat(np.arange(len(labels)), [len(b) for b in boxes]),
+            label=np.concatenate([d["cls"].reshape(-1) for d in labels]).astype(int),
+            boxes=snap(np.concatenate(boxes)),
+        )
 
 
 @dataclass(frozen=True)
@@ -243,11 +256,8 @@ def detect(path: Path, truth: GroundTruth, *, clip: bool = False, **settings: An
                     ops.clip_boxes(boxes, image["ori_shape"])
                 rows = torch.column_stack([pred["conf"].cpu().double(), pred["cls"].cpu().double(), boxes])
                 found.append((images[Path(image["im_file"]).stem], rows.numpy()))
-            super().update_metrics(preds, batch)
-
-        def finalize_metrics(self) -> None:
             used.update({k: getattr(self.args, k) for k in ("imgsz", "rect", "batch", "conf", "iou", "max_det")})
-            super().finalize_metrics()
+            super().update_metrics(preds, batch)
 
     try:
         with TemporaryDirectory() as folder:
@@ -255,14 +265,9 @@ def detect(path: Path, truth: GroundTruth, *, clip: bool = False, **settings: An
     except Exception as e:  # the inputs were checked before
         raise RuntimeError(f"{path}: Ultralytics' val failed: {type(e).__name__}: {e}") from e
     table = np.concatenate([rows for _, rows in found])
-    detections = Detections.build(
-        truth,
-        image=np.repeat([i for i, _ in found], [len(rows) for _, rows in found]),
-        label=labels[table[:, 1].astype(int)],
-        score=table[:, 0],
-        boxes=snap(table[:, 2:]),
-        where=f"{path}, detection {{}}".format,
-    )
+    image = np.repeat([i for i, _ in found], [len(rows) for _, rows in found])
+    label, boxes = labels[table[:, 1].astype(int)], snap(table[:, 2:])
+    detections = Detections.build(truth, image, label, table[:, 0], boxes, f"{path}, detection {{}}".format)
     return Validation(detections, metrics.results_dict, used, names)
 
 
@@ -300,20 +305,3 @@ def _xml_of(image: Path, folder: str, data: str) -> Path:
     if not before:
         raise ValueError(f"{data}: {image} is in no folder 'images' that 'voc: {folder}' could stand beside")
     return Path(before, folder, after).with_suffix(".xml")
-
-
-def _label_truth(data: DataSet) -> GroundTruth:
-    """Make a ground truth of YOLO labels, which are fractions of the image's size."""
-    labels = sorted(data.labels, key=lambda d: Path(d["im_file"]).stem)
-    boxes = []
-    for d in labels:
-        (height, width), (centre, size) = d["shape"], np.hsplit(np.asarray(d["bboxes"], np.float64).reshape(-1, 4), 2)
-        boxes.append(np.hstack([centre - size / 2, centre + size / 2]) * [width, height, width, height])
-    counts = [len(b) for b in boxes]
-    return GroundTruth.build(
-        classes=class_names(data.path)[1],
-        images=[Path(d["im_file"]).stem for d in labels],
-        image=np.repeat(np.arange(len(labels)), counts),
-        label=np.concatenate([d["cls"].reshape(-1) for d in labels]).astype(int),
-        boxes=snap(np.concatenate(boxes)),
-    )

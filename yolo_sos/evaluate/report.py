@@ -37,12 +37,8 @@ class Scores:
 def table(truth: GroundTruth, runs: Sequence[Scores]) -> str:
     """Lay out AP by class and metric, and with several runs also by run, as aligned Markdown.
 
-    Args:
-        truth (GroundTruth): Gives the classes and their numbers of objects.
-        runs (Sequence[Scores]): At least one, all with the same metrics; several give mean ± sample standard deviation.
-
-    Returns:
-        (str): One table, or two with a blank line between, each line ended.
+    Of several runs, which have the same metrics, it shows mean ± sample standard deviation, and a second table, after a
+    blank line, has a row for each.
     """
     metrics = list(runs[0].ap)
     difficult = np.bincount(truth.label[truth.difficult], minlength=len(truth.classes))
@@ -60,15 +56,9 @@ def table(truth: GroundTruth, runs: Sequence[Scores]) -> str:
 
 
 def report_json(truth: GroundTruth, runs: Sequence[Scores], **header: Any) -> dict[str, Any]:
-    """Return everything in a form that JSON can hold; what is undefined is None.
+    """Return header, ground truth, means, standard deviations (of several runs) and each run, as JSON can hold them.
 
-    Args:
-        truth (GroundTruth): Gives the classes and their numbers of objects.
-        runs (Sequence[Scores]): At least one, all with the same metrics.
-        **header (Any): What comes first, such as the command and the versions.
-
-    Returns:
-        (dict[str, Any]): Header, ground truth, means, standard deviations (of several runs), and each run.
+    What is undefined is None. The runs, at least one, have the same metrics.
     """
     positives = truth.positives().tolist()
     difficult = np.bincount(truth.label[truth.difficult], minlength=len(truth.classes)).tolist()
@@ -98,10 +88,7 @@ def report_json(truth: GroundTruth, runs: Sequence[Scores], **header: Any) -> di
 def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
     """Return sentences on why the metrics differ and what about this ground truth limits them.
 
-    Args:
-        truth (GroundTruth): The ground truth.
-        iou (float): Threshold of the devkit's metric.
-        runs (int): Number of runs in the table.
+    The devkit's metric has the threshold ``iou``; the table shows so many runs.
     """
     lines = [
         f"VOC is the devkit's metric at IoU {iou:g}: a detection belongs to the object it overlaps most, and difficult "

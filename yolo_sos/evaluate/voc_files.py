@@ -74,13 +74,7 @@ def voc_truth(
 def read_voc_detections(folder: str | Path, truth: GroundTruth, image_set: str = "test") -> Detections:
     """Read the devkit's detection files, `comp*_det_{image_set}_{class}.txt`.
 
-    Args:
-        folder (str | Path): Where the files lie.
-        truth (GroundTruth): Gives classes and images.
-        image_set (str): The image set in the files' names.
-
-    Returns:
-        (Detections): Class by class, each in the order of its file.
+    `truth` gives classes and images. The detections come class by class, each class in the order of its file.
 
     Raises:
         FileNotFoundError: If a class has no file; one without detections is to be there and empty.
@@ -131,14 +125,7 @@ def write_voc_detections(
 ) -> list[Path]:
     """Write the devkit's files, `comp4_det_{image_set}_{class}.txt`, one per class, also for one without detections.
 
-    Args:
-        folder (str | Path): Where to; it is made.
-        truth (GroundTruth): Gives the names of classes and images.
-        detections (Detections): What to write.
-        image_set (str): The image set in the files' names.
-
-    Returns:
-        (list[Path]): The files, in the order of the classes.
+    The folder is made. The files are returned in the order of the classes.
 
     Raises:
         ValueError: If a class's name cannot be part of a file's name.

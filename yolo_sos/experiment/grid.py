@@ -16,8 +16,8 @@ from yolo_sos.core.checks import boolean, choice, invalid
 from yolo_sos.experiment.arms import find_experiment, read_arms
 from yolo_sos.experiment.judge import check_judgement, judged_settings
 from yolo_sos.experiment.launch import LAUNCHERS
-from yolo_sos.experiment.record import difference, read_record, record_path, wall_time, write_record
-from yolo_sos.experiment.run import Busy, Run, available_splits
+from yolo_sos.experiment.record import read_record, record_path, wall_time, write_record
+from yolo_sos.experiment.run import Busy, Run, available_splits, refuse_change
 
 PREFIX = colorstr("experiment: ")
 
@@ -86,11 +86,7 @@ class Experiment:
         if not path.exists():
             return False
         record = read_record(path)
-        if key := difference(record["config"], run.arm.config):
-            raise ValueError(
-                f"{path}: was run with {key}={record['config'].get(key)}, now it is {run.arm.config.get(key)}. "
-                "Move the record and its run away to start again."
-            )
+        refuse_change(path, "run", record["config"], run.arm, "the record and its run")
         return set(run.splits) <= set(record["metrics"])
 
     def record_path(self, run: Run) -> Path:
@@ -146,8 +142,7 @@ class Experiment:
         """Return the state of a run in words."""
         if run in self.finished:
             return "finished"
-        done, epochs = run.epochs_done, run.arm.config["epochs"]
-        return f"{done} of {epochs} epochs" if done else "to do"
+        return f"{done} of {run.arm.config['epochs']} epochs" if (done := run.epochs_done) else "to do"
 
     def estimate(self) -> str:
         """Return in words how long the rest will take, one run after another, by the times of earlier runs."""

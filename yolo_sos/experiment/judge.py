@@ -79,13 +79,7 @@ def judge(
 ) -> dict[str, float]:
     """Validate a model on one split in one pass, logging nothing but warnings.
 
-    Args:
-        weights (str | Path): The checkpoint.
-        data (str): The data YAML, or the folder or name of a classification set.
-        split (str): ``train``, ``val`` or ``test``.
-        task (str): Ultralytics' task, such as ``detect`` or ``classify``.
-        device (Any): As Ultralytics takes it: ``"cpu"``, 0, …; None for what it picks.
-        **settings (Any): The rest of what `judged_settings` returns for the training: imgsz, batch, max_det, …
+    ``device`` is as Ultralytics takes it, None for what it picks; the other arguments are those of `check_judgement`.
 
     Returns:
         (dict[str, float]): Ultralytics' metrics by its own names, such as ``metrics/mAP50-95(B)`` or
