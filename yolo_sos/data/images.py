@@ -38,10 +38,7 @@ def image_size(path: Path, *, whole: bool = False) -> tuple[int, int]:
 def check_complete(given: Iterable[str | Path], read: Iterable[str | Path], source: str | Path) -> None:
     """Check that Ultralytics has read all images of a split, since it leaves some out without an error.
 
-    Args:
-        given (Iterable[str | Path]): The images of the split.
-        read (Iterable[str | Path]): Those that Ultralytics' data set holds.
-        source (str | Path): The split, for the error.
+    The images given are those of the split, the images read those of Ultralytics' data set; errors name the source.
 
     Raises:
         ValueError: If images are missing; names the first, and what is wrong with it.

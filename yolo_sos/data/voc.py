@@ -241,8 +241,7 @@ def _read_object(path: Path, element: Element, number: int, words: list[str]) ->
 
 
 def _coordinate(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
+    if not math.isfinite(value := float(text)):
         raise ValueError("a coordinate is a finite number of pixels")
     return value
 
