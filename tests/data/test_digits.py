@@ -254,7 +254,7 @@ def test_options_out_of_range_are_named(tmp_path, option):
 
 
 def test_scikit_learn_missing_says_what_to_install(tmp_path, monkeypatch):
-    digits._load_source.cache_clear()
+    digits.source_digits.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'yolo-sos\[digits\]'"):
         build(tmp_path / "set", **SMALL)

@@ -388,6 +388,7 @@ def test_voc_as_ultralytics_prepares_it(name, years, n_train, n_val, n_archives,
 
 
 @needs_voc07
+@pytest.mark.slow
 def test_voc07_has_the_counts_of_the_devkit(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "DATASETS_DIR", tmp_path)
     monkeypatch.setenv("VOC_ROOT", str(VOC07))

@@ -163,7 +163,7 @@ def test_refusals(capsys, tmp_path, tree, data, results):
             ["--detections", "a", "--annotations", "b", "--plot", "c.jpeg"],
             "--plot: the suffix of 'c.jpeg' must be one of",
         ),
-        (["--detections", "a", "--annotations", "b", "--iou", "0"], "--iou: the threshold must be above 0"),
+        (["--detections", "a", "--annotations", "b", "--iou", "0"], "--iou: must be above 0 and at most 1"),
         (["--detections", "a", "--annotations", "b", "--conf", "2"], "--conf: must be at least 0 and at most 1"),
         (["--detections", "a", "--annotations", "b", "--batch", "0"], "--batch: must be at least 1, not 0"),
         (["--detections", "a", "--iou", "much"], "argument --iou: invalid float value: 'much'"),

@@ -133,6 +133,7 @@ Experiment("little", seeds=0, arms="shift", splits="val", val=True, project="kil
 """
 
 
+@pytest.mark.slow
 def test_what_is_due_after_the_last_epoch_is_done_when_a_run_was_killed_then(experiment, monkeypatch):
     (experiment / "shift.yaml").write_text("sos: true\nsos_guard: 1.0\n")
     done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True)

@@ -104,6 +104,7 @@ def test_a_model_is_judged_with_the_settings_of_its_training(weights, digits, tm
     assert some["devkit/AP50-10"] == pytest.approx(np.mean([report[str(k)]["VOC10+"] for k in (3, 4, 5)]), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_a_model_of_one_class_is_judged_as_such(digits, tiny, tmp_path):
     size = {"imgsz": 64, "batch": 8, "device": "cpu", "workers": 0, "plots": False, "verbose": False}
     stay = {"mosaic": 0.0, "scale": 0.0, "translate": 0.0, "hsv_s": 0.0, "hsv_v": 0.0, "fliplr": 0.0}

@@ -15,6 +15,7 @@ from yolo_sos.experiment.grid import Experiment
 from yolo_sos.experiment.record import read_record
 
 ray = pytest.importorskip("ray", reason="pip install 'yolo-sos[ray]'")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

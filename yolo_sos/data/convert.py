@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.utils import LOGGER, TQDM, YAML
@@ -31,15 +32,8 @@ from yolo_sos.files import link, new_folder, write_text
 SPLITS: Mapping[str, Sequence[str]] = {"train": ["train"], "val": ["val"], "test": ["test"]}
 
 
-@dataclass(frozen=True)
-class SplitCounts:
-    """What a split holds.
-
-    Attributes:
-        images (int): Number of images, those without labels included.
-        boxes (int): Number of label lines.
-        difficult (int): Number of difficult objects, which are not among the labels.
-    """
+class SplitCounts(NamedTuple):
+    """Numbers of images (those without labels included), of label lines, and of difficult objects, which are none."""
 
     images: int
     boxes: int
@@ -64,8 +58,7 @@ class ConversionReport:
     resized: tuple[Path, ...]
 
 
-@dataclass(frozen=True)
-class _Sample:
+class _Sample(NamedTuple):
     xml: Path
     image: Path
     annotation: VOCAnnotation
@@ -135,7 +128,9 @@ def write_yolo(
     if val_share:
         train, val = _hold_out(samples.pop("train"), val_share, seed)
         samples = {"train": train, "val": val, **samples}
-    _warn_of_overlap(samples)
+    for (a, of_a), (b, of_b) in combinations(samples.items(), 2):
+        if shared := {s.image for s in of_a} & {s.image for s in of_b}:
+            LOGGER.warning(f"splits: {len(shared)} images are both in '{a}' and in '{b}'")
     classes = _class_names(names, samples)
     writer = _Writer(folder, {name: i for i, name in enumerate(classes)}, copy)
     counts = {split: writer.write_split(split, of_split) for split, of_split in samples.items()}
@@ -170,14 +165,12 @@ def _read_split(trees: Sequence[Path], split: str, sets: Sequence[str]) -> list[
             for image_id in TQDM(ids, desc=f"{split}: reading {tree.name}/{image_set}"):
                 xml = tree / "Annotations" / f"{image_id}.xml"
                 if image_id in samples:
-                    raise ValueError(
-                        f"{split}: two images are called '{image_id}': {samples[image_id].xml} and {xml}; "
-                        "rename one of them, or take its image set into another split"
-                    )
+                    both = f"{samples[image_id].xml} and {xml}"
+                    advice = "rename one of them, or take its image set into another split"
+                    raise ValueError(f"{split}: two images are called '{image_id}': {both}; {advice}")
                 if image_id not in images:
-                    raise FileNotFoundError(
-                        f"{tree / 'JPEGImages' / image_id}.jpg: missing, though image set '{image_set}' lists it"
-                    )
+                    wanted = tree / "JPEGImages" / f"{image_id}.jpg"
+                    raise FileNotFoundError(f"{wanted}: missing, though image set '{image_set}' lists it")
                 samples[image_id] = _Sample(xml, images[image_id], read_annotation(xml))
     if not samples:
         raise ValueError(f"{split}: no image set is named, so it would have no images")
@@ -191,7 +184,7 @@ def _hold_out(samples: list[_Sample], share: float, seed: int) -> tuple[list[_Sa
         raise ValueError(f"val_share={share}: of {len(samples)} images, {count} would be in 'val'; both need some")
     drawn = sorted(samples, key=lambda s: sha256(f"{seed} {s.annotation.image_id}".encode()).digest())[:count]
     ids = {s.annotation.image_id for s in drawn}
-    held, kept = ([s for s in samples if (s.annotation.image_id in ids) is wanted] for wanted in (True, False))
+    kept, held = ([s for s in samples if (s.annotation.image_id in ids) is wanted] for wanted in (False, True))
     return kept, held
 
 
@@ -206,12 +199,6 @@ def _images(tree: Path) -> dict[str, Path]:
             raise ValueError(f"{folder}: two images have the id '{path.stem}': {images[path.stem].name}, {path.name}")
         images[path.stem] = path
     return images
-
-
-def _warn_of_overlap(samples: Mapping[str, Sequence[_Sample]]) -> None:
-    for (a, of_a), (b, of_b) in combinations(samples.items(), 2):
-        if shared := {s.image for s in of_a} & {s.image for s in of_b}:
-            LOGGER.warning(f"splits: {len(shared)} images are both in '{a}' and in '{b}'")
 
 
 def _class_names(
@@ -244,7 +231,7 @@ class _Writer:
     def __init__(self, folder: Path, index: Mapping[str, int], copy: bool):
         self.folder, self.index, self.copy = folder, index, copy
         self.selection = Selection()
-        self.resized: list[Path] = []
+        self.resized: list[Path] = []  # annotations that state another size than their image has
 
     def write_split(self, split: str, samples: Sequence[_Sample]) -> SplitCounts:
         to = {kind: self.folder / kind / split for kind in ("images", "labels", "difficult", "annotations")}
@@ -252,11 +239,11 @@ class _Writer:
             path.mkdir(parents=True)
         n_boxes = n_difficult = 0
         for sample in TQDM(samples, desc=f"{split}: writing"):
-            image_id = sample.annotation.image_id
             boxes, difficult = self._label_lines(sample)
-            write_text(to["labels"] / f"{image_id}.txt", "".join(boxes))
+            label = f"{sample.annotation.image_id}.txt"
+            write_text(to["labels"] / label, "".join(boxes))
             if difficult:
-                write_text(to["difficult"] / f"{image_id}.txt", "".join(difficult))
+                write_text(to["difficult"] / label, "".join(difficult))
             link(sample.image, to["images"] / sample.image.name, copy=self.copy)
             link(sample.xml, to["annotations"] / sample.xml.name, copy=self.copy)
             n_boxes, n_difficult = n_boxes + len(boxes), n_difficult + len(difficult)
@@ -264,7 +251,10 @@ class _Writer:
 
     def _label_lines(self, sample: _Sample) -> tuple[list[str], list[str]]:
         """Return the label lines of the objects to train on, and of the difficult ones."""
-        size = self._size(sample)
+        size = image_size(sample.image)
+        stated = sample.annotation.width, sample.annotation.height
+        if all(stated) and stated != size:
+            self.resized.append(sample.xml)
         lines: tuple[list[str], list[str]] = [], []
         for i, box in self.selection.of(sample.annotation, size).items():
             o = sample.annotation.objects[i]
@@ -272,11 +262,3 @@ class _Writer:
             numbers = " ".join(f"{v:.8f}" for v in yolo_box(box, *size))
             lines[o.difficult].append(f"{self.index[o.name]} {numbers}\n")
         return lines
-
-    def _size(self, sample: _Sample) -> tuple[int, int]:
-        """Return width and height of the image; note where the annotation states others."""
-        size = image_size(sample.image)
-        stated = sample.annotation.width, sample.annotation.height
-        if all(stated) and stated != size:
-            self.resized.append(sample.xml)
-        return size

@@ -5,7 +5,7 @@ Its source is the set of 1 797 handwritten digits, 8 x 8 pixels each, that sciki
 of them in different sizes, as stickers: ink on an outline of its own colour, over lines and blots. Later stickers may
 lie over earlier ones; a digit of which more than half is hidden is difficult in the sense of Pascal VOC. Train, val
 and test are drawn from disjoint digits, so no handwriting seen in training is tested on. On request some of the
-training objects bear the name of another class, as annotators' mistakes do; val and test stay right.
+training objects are labelled as another class, as annotators' mistakes are; val and test stay right.
 """
 
 from __future__ import annotations
@@ -38,12 +38,8 @@ PLACES = 20  # to try for one digit before it is left out
 class Digit:
     """A digit in a scene.
 
-    Attributes:
-        label (int): Which digit, 0 to 9.
-        source (int): Its index among scikit-learn's digits.
-        box (tuple[int, int, int, int]): xmin, ymin, xmax, ymax around all of its ink, hidden or not: pixels, 1-based,
-            inclusive.
-        hidden (float): Share of its ink that later digits lie over, 0 to 1.
+    `label` is 0 to 9, `source` its index among scikit-learn's digits, `box` xmin, ymin, xmax, ymax around all of its
+    ink, hidden or not (pixels, 1-based, inclusive), `hidden` the share of its ink that later digits lie over.
     """
 
     label: int
@@ -114,7 +110,16 @@ def build(
     options = {**counts, "imgsz": imgsz, "digits": list(digits), "seed": seed, "drawing": DRAWING}
     if label_noise:  # without, a set is what it was before there was such an option, and is reused
         options["label_noise"] = label_noise
-    _check(counts, imgsz, digits, seed, label_noise)
+    most = "fewest and most digits in an image, 1 to 20, in this order"
+    for key, value, valid, right in (
+        *((split, n, n >= 1, "a split needs at least 1 image") for split, n in counts.items()),
+        ("imgsz", imgsz, imgsz >= 64, "at least 64 pixels, or the smallest digits cannot be read"),
+        ("digits", digits, len(digits) == 2 and 1 <= digits[0] <= digits[1] <= 20, most),
+        ("seed", seed, seed >= 0, "at least 0"),
+        ("label_noise", label_noise, 0 <= label_noise <= 1, "a probability, 0 to 1"),
+    ):
+        if not valid:
+            raise ValueError(f"{key}={value}: {right}")
 
     def fill(folder: Path) -> None:
         _write_voc(folder / "voc", counts, imgsz, digits, seed, label_noise)
@@ -124,6 +129,7 @@ def build(
     return path / "data.yaml"
 
 
+@lru_cache(maxsize=1)
 def source_digits() -> tuple[np.ndarray, np.ndarray]:
     """Load scikit-learn's handwritten digits.
 
@@ -134,14 +140,18 @@ def source_digits() -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ImportError: If scikit-learn is missing.
     """
-    return _load_source()
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as e:
+        raise ImportError(
+            "The digits come with scikit-learn, which is not installed: pip install 'yolo-sos[digits]'"
+        ) from e
+    data = load_digits()
+    return (data.images / 16).astype(np.float32), data.target.astype(np.int64)
 
 
 def split_source(seed: int = 0) -> dict[str, np.ndarray]:
-    """Deal the source digits out to train, val and test.
-
-    Args:
-        seed (int): Seed of the order in which they are dealt.
+    """Deal the source digits out to train, val and test in random order.
 
     Returns:
         (dict[str, np.ndarray]): Split to the indices of its source digits; disjoint, and together all of them.
@@ -154,14 +164,8 @@ def split_source(seed: int = 0) -> dict[str, np.ndarray]:
 def draw_scene(rng: np.random.Generator, sources: Sequence[int] | np.ndarray, imgsz: int, count: int) -> Scene:
     """Draw one image.
 
-    Args:
-        rng (np.random.Generator): Where all choices come from.
-        sources (Sequence[int] | np.ndarray): Indices of the source digits to choose from.
-        imgsz (int): Side of the image in pixels.
-        count (int): Number of digits. A digit that finds no place is left out, which takes a very full image.
-
-    Returns:
-        (Scene): The image and what it shows.
+    All choices come from ``rng``, also that of ``count`` source digits by their index. A digit that finds no place is
+    left out, which takes a very full image.
     """
     images, labels = source_digits()
     image = _background(rng, imgsz)
@@ -183,37 +187,10 @@ def draw_scene(rng: np.random.Generator, sources: Sequence[int] | np.ndarray, im
         left, top, right, bottom = x + columns.min(), y + rows.min(), x + columns.max(), y + rows.max()
         placed.append((int(source), (int(left), int(top), int(right), int(bottom))))
         ink.append(len(rows))
-    noise = rng.normal(0, 5, image.shape)
-    image = np.clip(image + noise, 0, 255).astype(np.uint8)
+    image = np.clip(image + rng.normal(0, 5, image.shape), 0, 255).astype(np.uint8)
     hidden = 1 - _visible(owner, len(ink)) / ink
     found = tuple(Digit(int(labels[s]), s, box, float(h)) for (s, box), h in zip(placed, hidden, strict=True))
     return Scene(image, owner, found)
-
-
-def _check(counts: Mapping[str, int], imgsz: int, digits: tuple[int, int], seed: int, label_noise: float) -> None:
-    for split, n in counts.items():
-        if n < 1:
-            raise ValueError(f"{split}={n}: a split needs at least 1 image")
-    if imgsz < 64:
-        raise ValueError(f"imgsz={imgsz}: at least 64 pixels, or the smallest digits cannot be read")
-    if len(digits) != 2 or not 1 <= digits[0] <= digits[1] <= 20:
-        raise ValueError(f"digits={digits}: fewest and most digits in an image, 1 to 20, in this order")
-    if seed < 0:
-        raise ValueError(f"seed={seed}: at least 0")
-    if not 0 <= label_noise <= 1:
-        raise ValueError(f"label_noise={label_noise}: a probability, 0 to 1")
-
-
-@lru_cache(maxsize=1)
-def _load_source() -> tuple[np.ndarray, np.ndarray]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as e:
-        raise ImportError(
-            "The digits come with scikit-learn, which is not installed: pip install 'yolo-sos[digits]'"
-        ) from e
-    data = load_digits()
-    return (data.images / 16).astype(np.float32), data.target.astype(np.int64)
 
 
 def _write_voc(
@@ -233,9 +210,8 @@ def _write_voc(
             labels = [d.label for d in scene.digits]
             if split == "train":
                 labels = _mislabel(np.random.default_rng([seed, number, i, 1]), labels, label_noise)
-            objects = tuple(
-                VOCObject(NAMES[label], d.box, d.difficult) for label, d in zip(labels, scene.digits, strict=True)
-            )
+            drawn = zip(labels, scene.digits, strict=True)
+            objects = tuple(VOCObject(NAMES[label], d.box, d.difficult) for label, d in drawn)
             annotation = VOCAnnotation(image_id, jpg, imgsz, imgsz, objects)
             write_annotation(root / "Annotations" / f"{image_id}.xml", annotation)
         write_text(root / "ImageSets" / "Main" / f"{split}.txt", "\n".join(ids) + "\n")
@@ -248,16 +224,10 @@ def _mislabel(rng: np.random.Generator, labels: Sequence[int], share: float) -> 
 
 
 def _enlarge(digit: np.ndarray, side: int) -> tuple[np.ndarray, int]:
-    """Enlarge an 8 x 8 digit to side x side pixels of ink, framed by room for the outline, and the outline's width.
-
-    Returns:
-        alpha (np.ndarray): (side + 2 margin, side + 2 margin) float32, 0 to 1. Faint pixels are 0, not faint: a box
-            around the ink then has ink in each of its outer rows and columns, and none beyond.
-        margin (int): Width of the outline in pixels.
-    """
+    """Enlarge an 8 x 8 digit to side x side pixels of ink, framed by room for the outline; also return its width."""
     margin = max(1, round(side / 18))
     alpha = np.clip(cv2.resize(digit, (side, side), interpolation=cv2.INTER_CUBIC), 0, 1)
-    alpha[alpha <= INK] = 0
+    alpha[alpha <= INK] = 0  # a box around the ink then has ink in each of its outer rows and columns, and none beyond
     return np.pad(alpha, margin), margin
 
 
@@ -284,19 +254,14 @@ def _visible(owner: np.ndarray, count: int) -> np.ndarray:
 def _paint(rng: np.random.Generator, patch: np.ndarray, alpha: np.ndarray, outline: np.ndarray) -> None:
     """Paint a sticker: the outline in one colour, the ink over it in a colour of other brightness."""
     dark, light = rng.uniform(0, 80, 3), rng.uniform(170, 255, 3)
-    ink, paper = (dark, light) if rng.random() < 0.5 else (light, dark)
-    patch[outline] = paper
+    ink, patch[outline] = (dark, light) if rng.random() < 0.5 else (light, dark)
     # Half strength where ink begins, full where it is twice as dark: solid strokes with soft edges.
     strength = np.minimum(alpha / (2 * INK), 1)[..., None]
     patch[:] = patch * (1 - strength) + ink * strength
 
 
 def _background(rng: np.random.Generator, imgsz: int) -> np.ndarray:
-    """Clouds of colour, and over them lines, arcs, boxes and blots about as wide and large as digits are.
-
-    Returns:
-        (np.ndarray): (imgsz, imgsz, 3) float32, 0 to 255, BGR.
-    """
+    """Clouds of colour, and over them lines, arcs, boxes and blots about as wide and large as digits are."""
     clouds = rng.uniform(40, 215, (4, 4, 3)).astype(np.float32)
     image = cv2.resize(clouds, (imgsz, imgsz), interpolation=cv2.INTER_CUBIC)
     for _ in range(rng.integers(8, 20)):

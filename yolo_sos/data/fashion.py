@@ -21,7 +21,6 @@ NAMES = (
     *("0-t-shirt", "1-trouser", "2-pullover", "3-dress", "4-coat"),
     *("5-sandal", "6-shirt", "7-sneaker", "8-bag", "9-ankle-boot"),
 )
-PREFIX = {"train": "train", "test": "t10k"}
 WHERE = "apt install dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist"
 
 
@@ -69,11 +68,7 @@ def build(
 
 
 def load(source: str | Path, split: str) -> Split:
-    """Read one of the two parts of Fashion-MNIST (or of MNIST, which has the same files).
-
-    Args:
-        source (str | Path): The folder with the IDX files, gzipped or not.
-        split (str): ``train`` or ``test``.
+    """Read the ``train`` or ``test`` part of Fashion-MNIST (or of MNIST, which has the same files).
 
     Returns:
         images (np.ndarray): ``(n, 28, 28)`` uint8.
@@ -83,8 +78,7 @@ def load(source: str | Path, split: str) -> Split:
         FileNotFoundError: If a file is missing.
         ValueError: If a file is not IDX, or images and labels do not fit.
     """
-    images = read_idx(_find(source, f"{PREFIX[split]}-images-idx3-ubyte"))
-    labels = read_idx(_find(source, f"{PREFIX[split]}-labels-idx1-ubyte"))
+    images, labels = (read_idx(_find(Path(source), split, kind)) for kind in ("images-idx3", "labels-idx1"))
     if images.ndim != 3 or labels.shape != images.shape[:1] or (labels.size and labels.max() >= len(NAMES)):
         raise ValueError(
             f"{source}: {split} has images of shape {images.shape} and labels of shape {labels.shape}; expected "
@@ -94,13 +88,7 @@ def load(source: str | Path, split: str) -> Split:
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """Read an IDX file of unsigned bytes.
-
-    Args:
-        path (str | Path): The file; gzipped if it ends in ``.gz``.
-
-    Returns:
-        (np.ndarray): uint8, in the shape that the file's head gives.
+    """Read an IDX file of unsigned bytes, gzipped if its name ends in ``.gz``, in the shape that its header gives.
 
     Raises:
         ValueError: If it is not such a file, or not a whole one.
@@ -120,8 +108,10 @@ def read_idx(path: str | Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
-def _find(source: str | Path, name: str) -> Path:
-    for path in Path(source) / f"{name}.gz", Path(source) / name:
+def _find(source: Path, split: str, kind: str) -> Path:
+    plain = source / f"{'t10k' if split == 'test' else split}-{kind}-ubyte"
+    zipped = plain.with_name(f"{plain.name}.gz")
+    for path in zipped, plain:
         if path.is_file():
             return path
-    raise FileNotFoundError(f"{Path(source) / name}.gz: no such file. The IDX files of Fashion-MNIST: {WHERE}")
+    raise FileNotFoundError(f"{zipped}: no such file. The IDX files of Fashion-MNIST: {WHERE}")

@@ -35,7 +35,11 @@ def build_image_folder(
 
     def fill(folder: Path) -> None:
         for split, (images, labels) in splits().items():
-            _write_split(folder / split, images, labels, names)
+            for name in names:
+                (folder / split / name).mkdir(parents=True)
+            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+                _, data = cv2.imencode(".png", image)
+                (folder / split / names[label] / f"{i:05d}.png").write_bytes(data.tobytes())
 
     build_once(Path(path), "options.json", options, fill)
     return Path(path)
@@ -56,25 +60,17 @@ def draw_split(labels: np.ndarray, counts: Mapping[str, int], rng: np.random.Gen
         ValueError: If a class has not enough images.
     """
     classes = np.unique(labels)
-    waiting = {c: list(rng.permutation(np.flatnonzero(labels == c))) for c in classes}
+    waiting = {c: rng.permutation(np.flatnonzero(labels == c)) for c in classes}
     drawn: dict[str, np.ndarray] = {}
     for split, count in counts.items():
         share, rest = divmod(count, len(classes))
         extra = set(rng.permutation(classes)[:rest].tolist())
-        chosen: list[int] = []
+        chosen = []
         for c in classes:
             n = share + (c in extra)
             if n > len(waiting[c]):
                 raise ValueError(f"{split}={count}: class {c} has {len(waiting[c])} images left, and {n} are needed")
-            chosen += waiting[c][:n]
-            waiting[c] = waiting[c][n:]
-        drawn[split] = rng.permutation(np.array(chosen, dtype=np.int64))
+            part, waiting[c] = np.split(waiting[c], [n])
+            chosen.append(part)
+        drawn[split] = rng.permutation(np.concatenate(chosen))
     return drawn
-
-
-def _write_split(folder: Path, images: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> None:
-    for name in names:
-        (folder / name).mkdir(parents=True)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        _, data = cv2.imencode(".png", image)
-        (folder / names[label] / f"{i:05d}.png").write_bytes(data.tobytes())

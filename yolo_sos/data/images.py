@@ -11,14 +11,11 @@ from ultralytics.data.utils import exif_size
 
 
 def image_size(path: Path, *, whole: bool = False) -> tuple[int, int]:
-    """Return width and height of an image as Ultralytics loads it, turned as its EXIF data say.
+    """Return width and height of an image in pixels, as Ultralytics loads it: turned as its EXIF data say.
 
     Args:
         path (Path): The image.
         whole (bool): Decode the whole image, which finds one that is cut short.
-
-    Returns:
-        (tuple[int, int]): Width and height in pixels.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -33,20 +30,15 @@ def image_size(path: Path, *, whole: bool = False) -> tuple[int, int]:
             return exif_size(image)
     except FileNotFoundError:
         raise
-    except (
-        Exception
-    ) as e:  # Pillow's readers raise errors of any kind; of an unknown format, Ultralytics an ImportError
+    except Exception as e:  # Pillow raises errors of any kind; of an unknown format, Ultralytics an ImportError
         reason = "it has no format that Pillow knows" if isinstance(e, ImportError) else e
         raise ValueError(f"{path}: not a readable image: {reason}") from e
 
 
 def check_complete(given: Iterable[str | Path], read: Iterable[str | Path], source: str | Path) -> None:
-    """Check that Ultralytics has read all images of a split; with a part of them, a model would be judged on a part.
+    """Check that Ultralytics has read all images of a split, since it leaves some out without an error.
 
-    Args:
-        given (Iterable[str | Path]): The images of the split.
-        read (Iterable[str | Path]): Those that Ultralytics' data set holds.
-        source (str | Path): The split, for the error.
+    The images given are those of the split, the images read those of Ultralytics' data set; errors name the source.
 
     Raises:
         ValueError: If images are missing; names the first, and what is wrong with it.
@@ -55,9 +47,8 @@ def check_complete(given: Iterable[str | Path], read: Iterable[str | Path], sour
     if dropped := sorted(files - {Path(file) for file in read}):
         try:
             width, height = image_size(dropped[0], whole=True)
-            reason = f"{dropped[0]}: of {width} x {height} pixels, where Ultralytics takes 10 x 10 or more"
-            if min(width, height) >= 10:
-                reason = f"{dropped[0]}: its format or its labels are not valid"
+            small = f"of {width} x {height} pixels, where Ultralytics takes 10 x 10 or more"
+            reason = f"{dropped[0]}: {small if min(width, height) < 10 else 'its format or its labels are not valid'}"
         except ValueError as e:
             reason = str(e)
         raise ValueError(

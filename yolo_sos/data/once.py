@@ -13,11 +13,8 @@ from yolo_sos.files import new_folder, write_text
 def build_once(path: Path, record: str, options: Mapping[str, object], fill: Callable[[Path], None]) -> None:
     """Build a data set, unless it is there already with the same options.
 
-    Args:
-        path (Path): The folder to make. It appears when it is complete.
-        record (str): Name of the file in it that keeps the options, and so stands for the whole set.
-        options (Mapping[str, object]): What the set was made from and how, as JSON can hold it.
-        fill (Callable[[Path], None]): Writes the set into a folder.
+    The folder appears when `fill` has written the set. Its file `record` keeps the options, what the set was made from
+    and how, in JSON.
 
     Raises:
         FileExistsError: If `path` holds something else, be it the set with other options.

@@ -88,21 +88,15 @@ class Selection:
         self.noted: defaultdict[str, list[str]] = defaultdict(list)
 
     def of(self, annotation: VOCAnnotation, size: tuple[float, float] = (math.inf, math.inf)) -> dict[int, Box]:
-        """Return the objects whose box has an area within the image.
-
-        Args:
-            annotation (VOCAnnotation): The annotation of one image.
-            size (tuple[float, float]): Width and height of the image in pixels; infinite if unknown.
+        """Return the objects whose box has an area within the image, of that width and height in pixels, if known.
 
         Returns:
             (dict[int, Box]): Index into ``annotation.objects`` to the box that `clipped_box` gives.
         """
         self.noted[WORDS] += [f"{annotation.path}, {word}" for word in annotation.words]
-        selected = {}
-        seen = set()
+        selected, seen = {}, set()
         for i, o in enumerate(annotation.objects):
-            clipped = clipped_box(o.box, *size)
-            if clipped is None:
+            if (clipped := clipped_box(o.box, *size)) is None:
                 self.noted[NO_AREA].append(f"{annotation.where(i)} {o.box}")
                 continue
             if (o.name, o.box) in seen:
@@ -113,10 +107,10 @@ class Selection:
 
     def notes(self, *kinds: str) -> list[str]:
         """Return one sentence for each of the kinds of oddity that was found, with the count and the first places."""
-        found = {kind: places for kind in kinds or NOTES if (places := self.noted[kind])}
         return [
             f"{NOTES[kind]} ({len(places)}): {'; '.join(places[:3])}{'; ...' if len(places) > 3 else '.'}"
-            for kind, places in found.items()
+            for kind in kinds or NOTES
+            if (places := self.noted[kind])
         ]
 
 
@@ -130,7 +124,7 @@ def clipped_box(box: Box, width: float = math.inf, height: float = math.inf) -> 
 
     Returns:
         (tuple[float, float, float, float] | None): None if the box has no area within the image. A box whose corners
-            share a row or a column has none: a slip of the mouse, although the convention gives it one pixel.
+            share a row or a column has none: it is an annotator's slip, although the convention gives it one pixel.
     """
     xmin, ymin, xmax, ymax = box
     left, right = max(xmin - 1, 0), min(xmax, width)
@@ -142,11 +136,7 @@ def clipped_box(box: Box, width: float = math.inf, height: float = math.inf) -> 
 def read_annotation(path: str | Path) -> VOCAnnotation:
     """Read one Pascal VOC annotation; upper and lower case in tags, and XML namespaces, make no difference.
 
-    Args:
-        path (str | Path): The XML file.
-
-    Returns:
-        (VOCAnnotation): Its content. Boxes are as in the file: neither clipped nor checked for having an area.
+    Boxes are as in the file: neither clipped nor checked for having an area.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -165,18 +155,12 @@ def read_annotation(path: str | Path) -> VOCAnnotation:
     # Direct children only: a person's <part>s have a name and a bndbox of their own.
     objects = tuple(_read_object(path, o, i, words) for i, o in enumerate(root.findall("object"), start=1))
     width, height = (_pixels(root.findtext(f"size/{side}") or "") for side in ("width", "height"))
-    return VOCAnnotation(
-        path.stem, (root.findtext("filename") or "").strip(), width, height, objects, path, tuple(words)
-    )
+    filename = (root.findtext("filename") or "").strip()
+    return VOCAnnotation(path.stem, filename, width, height, objects, path, tuple(words))
 
 
 def write_annotation(path: str | Path, annotation: VOCAnnotation) -> None:
-    """Write a Pascal VOC annotation, the inverse of `read_annotation`.
-
-    Args:
-        path (str | Path): The XML file; its stem is what the file will be read as, whatever `image_id` says.
-        annotation (VOCAnnotation): What to write.
-    """
+    """Write a Pascal VOC annotation, the inverse of `read_annotation`; the id is the stem of `path` afterwards."""
     root = Element("annotation")
     SubElement(root, "filename").text = annotation.filename
     size = SubElement(root, "size")
@@ -197,14 +181,8 @@ def read_image_set(root: str | Path, split: str) -> list[str]:
     """Read the image ids of one split.
 
     The set of a class, such as ``cat_train``, has a second column with -1, 0 or 1. A list has that column if its name
-    is made of two parts, every line ends in such a number, and no line as a whole is the name of an annotation.
-
-    Args:
-        root (str | Path): The VOC tree.
-        split (str): Name of the image set, such as ``trainval``. The set of a class gives all of its images.
-
-    Returns:
-        (list[str]): Ids in the order of ``ImageSets/Main/{split}.txt``.
+    is made of two parts, every line ends in such a number, and no line as a whole is the name of an annotation. All of
+    its images are returned, in the order of ``ImageSets/Main/{split}.txt``.
 
     Raises:
         FileNotFoundError: If the tree has no such image set; lists those it has.
@@ -225,9 +203,7 @@ def read_image_set(root: str | Path, split: str) -> list[str]:
     first: dict[str, int] = {}
     for n, image_id in lines.items():
         if re.search(r"[/\\:\0]", image_id) or image_id in {".", ".."}:
-            raise ValueError(
-                f"{path}, line {n}: '{image_id}' is no image id; an id is a file name without folder and suffix"
-            )
+            raise ValueError(f"{path}, line {n}: '{image_id}' is no image id, a file name without folder and suffix")
         if image_id in first:
             raise ValueError(f"{path}, line {n}: lists '{image_id}' twice; it is on line {first[image_id]} already")
         first[image_id] = n
@@ -265,8 +241,7 @@ def _read_object(path: Path, element: Element, number: int, words: list[str]) ->
 
 
 def _coordinate(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
+    if not math.isfinite(value := float(text)):
         raise ValueError("a coordinate is a finite number of pixels")
     return value
 

@@ -18,6 +18,7 @@ float64, so detections that are written in either format and read back are the s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -78,23 +79,9 @@ class GroundTruth:
     ) -> GroundTruth:
         """Make a ground truth of anything array-like, and check it.
 
-        Args:
-            classes (Sequence[str]): Names of the classes.
-            images (Sequence[str]): Ids of all images.
-            image (ArrayLike): Index of each object's image, shape (G,).
-            label (ArrayLike): Index of each object's class, shape (G,).
-            boxes (ArrayLike): Boxes, shape (G, 4).
-            difficult (ArrayLike | None): Flags, shape (G,); None if the source has none.
-            area (ArrayLike | None): Areas in square pixels, shape (G,); those of the boxes by default.
-            category_ids (Sequence[int | str] | None): COCO's ids of the classes; 1, 2, ... by default, as Ultralytics
-                has it.
-            image_ids (Sequence[int | str] | None): COCO's ids of the images; `images` by default.
-            stems (Sequence[str] | None): Names of the image files without folder and suffix; the ids by default.
-            remarks (Sequence[str]): Sentences on what is odd about the source.
-            where (Callable[[int], str]): Names the place of an object, for errors.
-
-        Returns:
-            (GroundTruth): The checked ground truth.
+        The arguments are the attributes, array-like. `difficult` is None if the source has no such flags. By default,
+        `area` is that of the boxes, `category_ids` are 1, 2, ..., as Ultralytics has it, and `image_ids` and `stems`
+        are `images`. ``where(i)`` names the place of object i, for errors.
 
         Raises:
             ValueError: If there is no class or image, a name or id comes twice, an index is out of range, or a box is
@@ -165,16 +152,8 @@ class Detections:
     ) -> Detections:
         """Make detections of anything array-like, and check them against the ground truth they belong to.
 
-        Args:
-            truth (GroundTruth): Gives the images and classes that the indices refer to.
-            image (ArrayLike): Index of each detection's image, shape (D,).
-            label (ArrayLike): Index of each detection's class, shape (D,).
-            score (ArrayLike): Confidences, shape (D,).
-            boxes (ArrayLike): Boxes, shape (D, 4).
-            where (Callable[[int], str]): Names the place of a detection, for errors.
-
-        Returns:
-            (Detections): The checked detections.
+        The arguments are the attributes, array-like; the indices refer to the images and classes of `truth`.
+        ``where(i)`` names the place of detection i, for errors.
 
         Raises:
             ValueError: If an index is out of range, a score is not finite, or a box is not finite or inside out.
@@ -182,8 +161,7 @@ class Detections:
         checked = _boxes(boxes, where)
         n = len(checked)
         scores = _column(score, n, "scores")
-        if not (finite := np.isfinite(scores)).all():
-            i = int(np.argmin(finite))
+        for i in np.flatnonzero(~np.isfinite(scores))[:1]:
             raise ValueError(f"{where(i)}: score is {scores[i]}; it must be a finite number")
         return cls(
             image=_index(image, n, len(truth.images), "image", where),
@@ -207,14 +185,14 @@ def box_area(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
+def xywh(boxes: np.ndarray) -> np.ndarray:
+    """Return boxes of shape (N, 4) as COCO writes them: x, y, width, height."""
+    return np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
+
+
 def first_duplicate(names: Iterable[str]) -> str | None:
-    """Return the first name that has come before, or None."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
+    """Return the first name that occurs more than once, or None."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _boxes(values: ArrayLike, where: Callable[[int], str]) -> np.ndarray:
@@ -225,31 +203,29 @@ def _boxes(values: ArrayLike, where: Callable[[int], str]) -> np.ndarray:
     boxes = boxes.reshape(-1, 4)
     # Written so that NaN fails too. Equal sides pass: a detector may clip a box to a line at the image's border.
     good = (boxes[:, 2] >= boxes[:, 0]) & (boxes[:, 3] >= boxes[:, 1]) & np.isfinite(boxes).all(1)
-    if not good.all():
-        i = int(np.argmin(good))
-        x1, y1, x2, y2 = (float(v) for v in boxes[i])
+    for i in np.flatnonzero(~good)[:1]:
+        x1, y1, x2, y2 = boxes[i]
         problem = "has x2 < x1 or y2 < y1" if np.isfinite(boxes[i]).all() else "is not finite"
         raise ValueError(f"{where(i)}: the box x1={x1:g}, y1={y1:g}, x2={x2:g}, y2={y2:g} (pixels, from 0) {problem}")
     return boxes
 
 
-def _column(values: ArrayLike, n: int, what: str) -> np.ndarray:
-    """Return values as float64, shape (n,)."""
-    array = np.asarray(values, np.float64)
+def _shaped(values: ArrayLike, n: int, what: str) -> np.ndarray:
+    array = np.asarray(values)
     if array.shape != (n,):
         raise ValueError(f"{what} have shape {array.shape}, but there are {n} boxes")
     return array
 
 
+def _column(values: ArrayLike, n: int, what: str) -> np.ndarray:
+    return _shaped(values, n, what).astype(np.float64)
+
+
 def _index(values: ArrayLike, n: int, size: int, what: str, where: Callable[[int], str]) -> np.ndarray:
     """Return indices below `size` as int64, shape (n,)."""
-    array = np.asarray(values)
-    if array.shape != (n,):
-        raise ValueError(f"{what} indices have shape {array.shape}, but there are {n} boxes")
+    array = _shaped(values, n, f"{what} indices")
     if n and not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{what} indices must be integers, not {array.dtype}")
-    good = (array >= 0) & (array < size)
-    if not good.all():
-        i = int(np.argmin(good))
+    for i in np.flatnonzero((array < 0) | (array >= size))[:1]:
         raise ValueError(f"{where(i)}: {what} index {array[i]} is out of range; there are {size}")
     return array.astype(np.int64)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from yolo_sos.evaluate.boxes import Detections, GroundTruth
+from yolo_sos.evaluate.boxes import Detections, GroundTruth, xywh
 
 BACKENDS = {  # name: where its data set and its evaluator are
     "pycocotools": (("pycocotools.coco", "COCO"), ("pycocotools.cocoeval", "COCOeval")),  # the reference
@@ -46,13 +46,7 @@ class COCOResult:
 def coco_ap(truth: GroundTruth, detections: Detections, backend: str = "pycocotools") -> COCOResult:
     """Evaluate detections by COCO's rules.
 
-    Args:
-        truth (GroundTruth): G objects of K classes; difficult ones count as crowd.
-        detections (Detections): D detections.
-        backend (str): One of `BACKENDS`; all but pycocotools are optional packages.
-
-    Returns:
-        (COCOResult): AP of each class, and COCO's summary.
+    Difficult objects count as crowd. The backend is one of `BACKENDS`; all but pycocotools are optional packages.
 
     Raises:
         ValueError: If there is no such backend.
@@ -64,10 +58,9 @@ def coco_ap(truth: GroundTruth, detections: Detections, backend: str = "pycocoto
         evaluator.accumulate()
     precision = np.asarray(evaluator.eval["precision"])  # (10 thresholds, 101 recalls, K, 4 areas, 3 maxima), or -1
     recall = np.asarray(evaluator.eval["recall"])  # (10 thresholds, K, 4 areas, 3 maxima), or -1
-    classes = range(len(truth.classes))
     return COCOResult(
-        ap=np.array([_mean(precision[:, :, k, 0, 2]) for k in classes]),
-        ap50=np.array([_mean(precision[0, :, k, 0, 2]) for k in classes]),
+        ap=np.array([_mean(of_class) for of_class in np.moveaxis(precision[:, :, :, 0, 2], 2, 0)]),
+        ap50=np.array([_mean(of_class) for of_class in precision[0, :, :, 0, 2].T]),
         stats={
             "AP": _mean(precision[:, :, :, 0, 2]),
             "AP50": _mean(precision[0, :, :, 0, 2]),
@@ -80,27 +73,15 @@ def coco_ap(truth: GroundTruth, detections: Detections, backend: str = "pycocoto
 
 
 def coco_evaluator(truth: GroundTruth, detections: Detections, backend: str = "pycocotools") -> Any:
-    """Load ground truth and detections into a backend's `COCOeval`, on which nothing has been called yet.
-
-    Args:
-        truth (GroundTruth): G objects of K classes.
-        detections (Detections): D detections.
-        backend (str): One of `BACKENDS`.
-
-    Returns:
-        (Any): The backend's `COCOeval`, for `evaluate()` and `accumulate()`.
-
-    Raises:
-        ValueError: If there is no such backend.
-        ModuleNotFoundError: If it is not installed.
-    """
+    """Return a backend's `COCOeval` with ground truth and detections, before `evaluate()`; arguments as `coco_ap`."""
     coco, evaluator = load_backend(backend)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every step
         objects = coco()
         objects.dataset = coco_dataset(truth)
         objects.createIndex()
         if len(detections):
-            found = objects.loadRes(_rows(detections))
+            image, label = detections.image + 1, detections.label + 1
+            found = objects.loadRes(np.column_stack([image, xywh(detections.boxes), detections.score, label]))
         else:  # pycocotools' loadRes looks at the first detection
             found = coco()
             found.dataset = {**coco_dataset(truth), "annotations": []}
@@ -109,13 +90,7 @@ def coco_evaluator(truth: GroundTruth, detections: Detections, backend: str = "p
 
 
 def load_backend(backend: str) -> tuple[Any, Any]:
-    """Import a backend.
-
-    Args:
-        backend (str): One of `BACKENDS`.
-
-    Returns:
-        (tuple[Any, Any]): Its classes `COCO` and `COCOeval`.
+    """Return the classes `COCO` and `COCOeval` of a backend.
 
     Raises:
         ValueError: If there is no such backend.
@@ -136,11 +111,10 @@ def coco_dataset(
     """Return the ground truth as a COCO data set, with the ids of images and categories that are given, or 1, 2, ..."""
     images = range(1, len(truth.images) + 1) if image_ids is None else image_ids
     categories = range(1, len(truth.classes) + 1) if category_ids is None else category_ids
-    corner, size = truth.boxes[:, :2], truth.boxes[:, 2:] - truth.boxes[:, :2]
     columns = (
         [images[i] for i in truth.image],
         [categories[k] for k in truth.label],
-        np.concatenate([corner, size], axis=1).tolist(),
+        xywh(truth.boxes).tolist(),
         truth.area.tolist(),
         truth.difficult.astype(int).tolist(),
     )
@@ -153,12 +127,6 @@ def coco_dataset(
             for i, (image, label, box, area, crowd) in enumerate(zip(*columns, strict=True), start=1)
         ],
     }
-
-
-def _rows(detections: Detections) -> np.ndarray:
-    """Return the (D, 7) array that `loadRes` takes: image id, x, y, w, h, score, category id."""
-    corner, size = detections.boxes[:, :2], detections.boxes[:, 2:] - detections.boxes[:, :2]
-    return np.column_stack([detections.image + 1, corner, size, detections.score, detections.label + 1])
 
 
 def _mean(values: np.ndarray) -> float:

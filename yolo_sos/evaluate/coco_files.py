@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from yolo_sos.evaluate.boxes import Detections, GroundTruth, box_area, first_duplicate, snap
+from yolo_sos.evaluate.boxes import Detections, GroundTruth, box_area, first_duplicate, snap, xywh
 from yolo_sos.evaluate.coco import coco_dataset
 from yolo_sos.files import read_json, write_text
 
@@ -27,11 +27,7 @@ Where = Callable[[int], str]  # names the place of an entry, for errors
 def read_coco_truth(path: str | Path) -> GroundTruth:
     """Read COCO annotations; `iscrowd` marks the difficult objects, and `ignore` is not read, as by pycocotools.
 
-    Args:
-        path (str | Path): The JSON file, with `images`, `categories` and `annotations`.
-
-    Returns:
-        (GroundTruth): Images and categories sorted by id.
+    Images and categories are sorted by id.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -87,17 +83,12 @@ def read_coco_detections(path: str | Path, truth: GroundTruth) -> Detections:
     Where an entry has a `file_name`, as Ultralytics' have, it decides which image is meant: Ultralytics makes the ids
     of file names, whatever ids the annotations give.
 
-    Args:
-        path (str | Path): The JSON file.
-        truth (GroundTruth): Gives images and category ids.
-
-    Returns:
-        (Detections): In the order of the file.
+    The order is that of the file; `truth` gives the ids of images and categories.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds no COCO results, an image or category is unknown or not certain, a score is not finite,
-            or a box is wrong; names the file and the entry, counted from 0.
+        ValueError: If it holds no COCO results, an image or category is unknown or ambiguous, a score is not finite, or
+            a box is wrong; names the file and the entry, counted from 0.
     """
     found = _entries(path, {"": read_json(path)}, "", "image_id", "category_id", "bbox", "score")
 
@@ -120,16 +111,9 @@ def write_coco_truth(path: str | Path, truth: GroundTruth) -> None:
 
 
 def write_coco_detections(path: str | Path, truth: GroundTruth, detections: Detections) -> None:
-    """Write detections as COCO results, all digits kept.
-
-    Args:
-        path (str | Path): The JSON file.
-        truth (GroundTruth): Gives image and category ids.
-        detections (Detections): What to write.
-    """
+    """Write detections as COCO results, all digits kept; the ground truth gives the ids of images and categories."""
     ids = _written_ids(truth)
-    corner, size = detections.boxes[:, :2], detections.boxes[:, 2:] - detections.boxes[:, :2]
-    columns = detections.image, detections.label, detections.score.tolist(), np.hstack([corner, size]).tolist()
+    columns = detections.image, detections.label, detections.score.tolist(), xywh(detections.boxes).tolist()
     entries = [
         json.dumps({"image_id": ids[image], "category_id": truth.category_ids[label], "bbox": box, "score": score})
         for image, label, score, box in zip(*columns, strict=True)

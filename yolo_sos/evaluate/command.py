@@ -12,8 +12,8 @@ or judge detections that are there, in COCO's JSON or the devkit's files (a fold
 
 The ground truth is --annotations: a VOC tree, of which the image set --split, or COCO JSON. Without it, it is the VOC
 XML in the folder that the data YAML's key `voc` names, laid out like its folder `images`; and without that, the YOLO
-labels, which do not know difficult objects. Images that Ultralytics cannot read are refused by name: without them, a
-model would be judged on a part of the set.
+labels, which do not know difficult objects. Images that Ultralytics cannot read are refused by name, since it would
+leave them out.
 
 Exit status: 0 done; 2 bad input, with a message that says which file and where in it; 1 anything else.
 """
@@ -33,7 +33,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yolo_sos
+from yolo_sos import __version__
 from yolo_sos.builtin import resolve_data
 from yolo_sos.data.voc import read_image_set
 from yolo_sos.evaluate.boxes import Detections, GroundTruth
@@ -53,10 +53,9 @@ from yolo_sos.files import write_text
 COMMAND = "yolo-sos eval"
 PICTURES = (".pdf", ".png", ".svg")
 OUTPUTS = ("json", "markdown", "plot", "save_coco", "save_voc")
-REFUSED = (  # what bad input raises; what a full disk or a bug raises keeps its traceback
-    *(ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError),
-    ImportError,
-)
+# What bad input raises; what a full disk or a bug raises keeps its traceback.
+BAD_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
+BAD_INPUT = (ValueError, ImportError, *BAD_PATH)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,32 +66,23 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(command: str = COMMAND) -> argparse.ArgumentParser:
-    """Return the parser of the command line, which declares all options.
-
-    Args:
-        command (str): What the command is called in its help.
-    """
-    parser = _Parser(
-        prog=command,
-        description=(__doc__ or "").replace(COMMAND, command),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Return the parser of the command line, which declares all options, under the name that its help shows."""
+    text, raw = (__doc__ or "").replace(COMMAND, command), argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog=command, description=text, formatter_class=raw)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--weights", nargs="+", metavar="PT", help="checkpoints to run; patterns are expanded")
     source.add_argument("--detections", nargs="+", metavar="PATH", help="COCO results (.json) or devkit files (folder)")
     parser.add_argument("--data", metavar="YAML", help="data set: class names, images, ground truth")
     parser.add_argument("--annotations", metavar="PATH", help="ground truth: VOC tree, or COCO annotations (.json)")
-    parser.add_argument(
-        "--split", default="test", help="split of the data set, image set of the VOC tree (%(default)s)"
-    )
+    parser.add_argument("--split", default="test", help="split of the data set or image set of the tree (%(default)s)")
 
     metric = parser.add_argument_group("metrics")
     metric.add_argument("--iou", type=float, default=0.5, help="IoU threshold of the devkit's metric (%(default)s)")
-    metric.add_argument("--coco-backend", choices=BACKENDS, default="pycocotools", help="who counts (%(default)s)")
+    metric.add_argument("--coco-backend", choices=BACKENDS, default="pycocotools", help="COCO's package (%(default)s)")
 
     model = parser.add_argument_group("running the model; what is not given is as in Ultralytics' val")
     model.add_argument("--conf", type=float, default=0.001, help="least confidence of a detection (%(default)s)")
-    model.add_argument("--nms-iou", type=float, default=0.7, help="IoU beyond which NMS drops the lesser (%(default)s)")
+    model.add_argument("--nms-iou", type=float, default=0.7, help="IoU above which NMS drops a box (%(default)s)")
     model.add_argument("--max-det", type=int, default=300, help="most detections per image (%(default)s)")
     model.add_argument("--clip", action="store_true", help="cut boxes off at the image's border, which val does not do")
     model.add_argument("--imgsz", type=int, help="size of the images in pixels; by default that of the training")
@@ -122,7 +112,7 @@ def parse(argv: Sequence[str], command: str = COMMAND) -> argparse.Namespace:
     if args.plot and args.plot.suffix not in PICTURES:
         raise ValueError(f"--plot: the suffix of '{args.plot}' must be one of {', '.join(PICTURES)}")
     if not 0 < args.iou <= 1:
-        raise ValueError(f"--iou: the threshold must be above 0 and at most 1, not {args.iou:g}")
+        raise ValueError(f"--iou: must be above 0 and at most 1, not {args.iou:g}")
     for flag, value in ("--conf", args.conf), ("--nms-iou", args.nms_iou):
         if not 0 <= value <= 1:
             raise ValueError(f"{flag}: must be at least 0 and at most 1, not {value:g}")
@@ -143,7 +133,7 @@ def main(argv: Sequence[str] | None = None, command: str = COMMAND) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         evaluate(parse(argv, command), shlex.join([*command.split(), *argv]))
-    except REFUSED as e:
+    except BAD_INPUT as e:
         print(f"{command}: error: {e}", file=sys.stderr)
         return 2
     return 0
@@ -190,9 +180,9 @@ def evaluate(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Check all inputs, evaluate one source after the other, write and show the numbers, and return the report."""
     load_backend(args.coco_backend)
     sources = _expand(args.weights or args.detections)
-    for path in (getattr(args, name) for name in OUTPUTS):  # better refused now than after the models have run
-        if path:
-            (path if path in (args.save_coco, args.save_voc) else path.parent).mkdir(parents=True, exist_ok=True)
+    folders = [args.save_coco, args.save_voc, *(path.parent for path in (args.json, args.markdown, args.plot) if path)]
+    for folder in filter(None, folders):  # better refused now than after the models have run
+        folder.mkdir(parents=True, exist_ok=True)
     truth = _ground_truth(args)
     if args.save_voc:
         check_class_files(truth.classes)
@@ -204,8 +194,7 @@ def evaluate(args: argparse.Namespace, command: str) -> dict[str, Any]:
         for path in sources:
             load_detector(path, truth)  # for its checks: better now than after the others have run
 
-    runs: list[Scores] = []
-    results: list[VOCResult] = []
+    runs, results = [], []
     for i, path in enumerate(sources, start=1):
         found, details = _run_model(path, truth, args) if args.weights else (_read(path, truth, args.split), {})
         part = str(i) if len(sources) > 1 else ""
@@ -214,9 +203,8 @@ def evaluate(args: argparse.Namespace, command: str) -> dict[str, Any]:
             write_coco_detections(args.save_coco / part / "detections.json", truth, found)
         if args.save_voc:
             write_voc_detections(args.save_voc / part, truth, found, args.split)
-        result = voc_ap(truth, found, args.iou)
-        runs.append(_score(str(path), truth, found, result, args.coco_backend, details))
-        results.append(result)
+        results.append(voc_ap(truth, found, args.iou))
+        runs.append(_score(str(path), truth, found, results[-1], args.coco_backend, details))
     return _show(truth, runs, results, args, command)
 
 
@@ -228,27 +216,20 @@ def _score(
 
     coco = coco_ap(truth, found, backend)
     ap50, ap = ultralytics_ap(truth, found)
-    columns = {
-        "VOC07": voc.ap07,
-        "VOC10+": voc.ap,
-        "COCO AP50": coco.ap50,
-        "COCO AP": coco.ap,
-        "Ultralytics AP50": ap50,
-        "Ultralytics AP": ap,
-    }
+    columns = {"VOC07": voc.ap07, "VOC10+": voc.ap, "COCO AP50": coco.ap50, "COCO AP": coco.ap}
+    columns |= {"Ultralytics AP50": ap50, "Ultralytics AP": ap}
     return Scores(name, columns, {"detections": len(found), "coco": coco.stats, **details})
 
 
 def _show(
     truth: GroundTruth, runs: Sequence[Scores], results: Sequence[VOCResult], args: argparse.Namespace, command: str
 ) -> dict[str, Any]:
-    """Write the numbers, print the table, and draw the picture, in this order: what is decorative may fail."""
+    """Write the numbers, print the table, and draw the picture last: if it fails, no number is lost."""
     text = table(truth, runs)
     remarks = notes(truth, args.iou, len(runs)) + (_model_notes(runs, args.clip) if args.weights else [])
     settings = {k: v for k, v in vars(args).items() if k not in OUTPUTS}
     packages = ("numpy", "ultralytics", "torch", "pycocotools", args.coco_backend)
-    versions = {"python": platform.python_version(), "yolo-sos": yolo_sos.__version__}
-    versions |= {package: version(package) for package in packages}
+    versions = {"python": platform.python_version(), "yolo-sos": __version__, **{p: version(p) for p in packages}}
     report = report_json(truth, runs, command=command, settings=settings, versions=versions, notes=remarks)
     if args.json:
         write_text(args.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
@@ -262,13 +243,10 @@ def _show(
 
 
 def _model_notes(runs: Sequence[Scores], clip: bool) -> list[str]:
-    """Say how boxes at the border were taken, and what val printed of itself."""
-    if clip:
-        lines = ["Boxes are cut off at the image's border (--clip), as predict does; val judges them uncut."]
-    else:
-        lines = [
-            "Boxes may reach beyond the image's border, as where val judges them; --clip cuts them, as predict does."
-        ]
+    """Say how boxes at the border were treated, and what Ultralytics' val reported."""
+    uncut = "Boxes may reach beyond the image's border, as in Ultralytics' val; --clip cuts them, as predict does."
+    cut = "Boxes are cut off at the image's border (--clip), as predict does; val evaluates them uncut."
+    lines = [cut if clip else uncut]
     for run in runs:
         if own := run.details.get("ultralytics_val"):
             printed = f"mAP50 {own['mAP50']:.4f}, mAP50-95 {own['mAP50-95']:.4f}"
@@ -326,7 +304,7 @@ def _voc_tree(path: Path) -> Path:
 
 
 def _run_model(path: Path, truth: GroundTruth, args: argparse.Namespace) -> tuple[Detections, dict[str, Any]]:
-    """Run a model, and say what it was and what Ultralytics' val said of it."""
+    """Return a model's detections, and what identifies it, its settings and Ultralytics' own metrics."""
     from yolo_sos.evaluate.detections import class_names, detect
 
     settings = {k: getattr(args, k) for k in ("data", "split", "conf", "max_det", "imgsz", "batch", "device")}

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from ultralytics import YOLO
 from ultralytics.data import YOLODataset
 from ultralytics.data.utils import check_class_names, check_det_dataset
@@ -21,15 +20,15 @@ from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils import YAML, ops
 from ultralytics.utils.checks import check_file
 from ultralytics.utils.metrics import ap_per_class, box_iou
+from yaml import YAMLError
 
 from yolo_sos.data.images import check_complete
 from yolo_sos.data.voc import read_annotation
 from yolo_sos.evaluate.boxes import Detections, GroundTruth, first_duplicate, snap
 from yolo_sos.evaluate.voc_files import voc_truth
 
-BAD_DATA = (  # what Ultralytics raises at a data YAML, and at data that do not fit it
-    *(SyntaxError, TypeError, AssertionError, KeyError, AttributeError, ValueError, RuntimeError, yaml.YAMLError),
-)
+# What Ultralytics raises at a data YAML, and at data that do not fit it
+BAD_DATA = (SyntaxError, TypeError, AssertionError, KeyError, AttributeError, ValueError, RuntimeError, YAMLError)
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,22 @@ class DataSet:
             FileNotFoundError: If an image has no annotation.
             ValueError: If an annotation is malformed, or one of its classes is unknown.
         """
-        if not self.xml:
-            return _label_truth(self)
-        return xml_truth(self.xml, self.path, {s: d["shape"] for s, d in zip(self.stems(), self.labels, strict=True)})
+        if self.xml:
+            sizes = {s: d["shape"] for s, d in zip(self.stems(), self.labels, strict=True)}
+            return xml_truth(self.xml, self.path, sizes)
+        labels = sorted(self.labels, key=lambda d: Path(d["im_file"]).stem)
+        boxes = []
+        for d in labels:  # fractions of the image's size
+            height, width = d["shape"]
+            centre, size = np.hsplit(np.asarray(d["bboxes"], np.float64).reshape(-1, 4), 2)
+            boxes.append(np.hstack([centre - size / 2, centre + size / 2]) * [width, height, width, height])
+        return GroundTruth.build(
+            classes=class_names(self.path)[1],
+            images=[Path(d["im_file"]).stem for d in labels],
+            image=np.repeat(np.arange(len(labels)), [len(b) for b in boxes]),
+            label=np.concatenate([d["cls"].reshape(-1) for d in labels]).astype(int),
+            boxes=snap(np.concatenate(boxes)),
+        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ class Validation:
 
 
 class _ListedDataset(YOLODataset):
-    """A data set that remembers which images it was given: those that fail its checks are dropped without an error."""
+    """Remembers which images it was given: Ultralytics drops those that fail its checks without an error."""
 
     listed: list[str]
 
@@ -98,13 +110,10 @@ def read_data_set(path: str, split: str, task: str = "detect") -> DataSet:
         split (str): ``train``, ``val`` or ``test``.
         task (str): Ultralytics' task, which says what labels hold: ``detect``, ``segment``, ``pose`` or ``obb``.
 
-    Returns:
-        (DataSet): Its images, in Ultralytics' order.
-
     Raises:
         FileNotFoundError: If there is no such file, split or image.
         ValueError: If the data YAML is malformed, two images have one id, Ultralytics would leave out an image, or an
-            annotation has no image, so that its objects would vanish from a judgement; names the file.
+            annotation has no image, so that its objects would not be evaluated; names the file.
     """
     try:
         data = check_det_dataset(path, split=split)
@@ -114,9 +123,7 @@ def read_data_set(path: str, split: str, task: str = "detect") -> DataSet:
     files = [Path(d["im_file"]) for d in data_set.labels]
     check_complete(data_set.listed, files, f"{path}, split '{split}'")
     if (twice := first_duplicate(f.stem for f in files)) is not None:
-        raise ValueError(
-            f"{path}: two images of split '{split}' are called '{twice}'; an id must say which one is meant"
-        )
+        raise ValueError(f"{path}: two images of split '{split}' are called '{twice}'; ids must differ")
     source = str(data.get("yaml_file", path))
     if not (folder := data.get("voc")):
         return DataSet(source, data_set.labels, [])
@@ -126,16 +133,13 @@ def read_data_set(path: str, split: str, task: str = "detect") -> DataSet:
     if alone := sorted(found - {*xml}):
         raise ValueError(
             f"{path}, split '{split}': annotations have no image that Ultralytics reads ({len(alone)}), such as "
-            f"{alone[0]}; their objects would vanish from the judgement: add the images, or remove the annotations"
+            f"{alone[0]}; their objects would not be evaluated: add the images, or remove the annotations"
         )
     return DataSet(source, data_set.labels, xml)
 
 
 def class_names(path: str) -> tuple[list[str], list[str]]:
     """Read the class names of a data YAML, in the order of their indices.
-
-    Args:
-        path (str): The data YAML.
 
     Returns:
         written (list[str]): As the YAML has them, which is what annotations call them.
@@ -148,9 +152,8 @@ def class_names(path: str) -> tuple[list[str], list[str]]:
     try:
         content = YAML.load(check_file(path if Path(path).suffix else f"{path}.yaml"))  # as check_det_dataset
         names = content["names"] if "names" in content else [f"class_{i}" for i in range(content["nc"])]
-        by_index = {
-            int(k): str(name) for k, name in (names if isinstance(names, dict) else dict(enumerate(names))).items()
-        }
+        pairs = names.items() if isinstance(names, dict) else enumerate(names)
+        by_index = {int(k): str(name) for k, name in pairs}
         written, used = ([d[i] for i in range(len(d))] for d in (by_index, check_class_names(names)))
     except BAD_DATA as e:
         raise ValueError(f"{path}: must be YAML with the class names under 'names': {type(e).__name__}: {e}") from e
@@ -167,9 +170,6 @@ def xml_truth(paths: Sequence[Path], data: str | None, shapes: dict[str, tuple[i
         data (str | None): The data YAML that names the classes in the order of their indices; None for those that
             occur, sorted.
         shapes (dict[str, tuple[int, int]] | None): Height and width of each image, if they are known.
-
-    Returns:
-        (GroundTruth): The objects.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -191,9 +191,6 @@ def as_trained(truth: GroundTruth, classes: int | Sequence[int] | None, single_c
         truth (GroundTruth): All objects.
         classes (int | Sequence[int] | None): Indices of the classes that count; None for all.
         single_cls (bool): Take all objects for one class, which Ultralytics calls ``item``.
-
-    Returns:
-        (GroundTruth): The objects that count, in all images.
     """
     if classes is not None:
         counts = np.isin(truth.label, classes)
@@ -206,13 +203,6 @@ def as_trained(truth: GroundTruth, classes: int | Sequence[int] | None, single_c
 
 def load_detector(path: Path, truth: GroundTruth) -> YOLO:
     """Load a checkpoint, and check that it detects classes of the ground truth.
-
-    Args:
-        path (Path): The checkpoint.
-        truth (GroundTruth): What it is to be judged by.
-
-    Returns:
-        (YOLO): The model.
 
     Raises:
         ValueError: If it cannot be loaded, is no detector, or predicts a class that the ground truth does not know.
@@ -246,7 +236,7 @@ def detect(path: Path, truth: GroundTruth, *, clip: bool = False, **settings: An
     """
     model = load_detector(path, truth)
     if (twice := first_duplicate(truth.stems)) is not None:
-        raise ValueError(f"two images of the annotations are called '{twice}'; a file name must say which one is meant")
+        raise ValueError(f"two images of the annotations are called '{twice}'; file names must differ")
     images = {stem: i for i, stem in enumerate(truth.stems)}
     names = tuple(model.names[c] for c in range(len(model.names)))
     labels = np.array([truth.classes.index(name) for name in names])
@@ -266,11 +256,8 @@ def detect(path: Path, truth: GroundTruth, *, clip: bool = False, **settings: An
                     ops.clip_boxes(boxes, image["ori_shape"])
                 rows = torch.column_stack([pred["conf"].cpu().double(), pred["cls"].cpu().double(), boxes])
                 found.append((images[Path(image["im_file"]).stem], rows.numpy()))
-            super().update_metrics(preds, batch)
-
-        def finalize_metrics(self) -> None:
             used.update({k: getattr(self.args, k) for k in ("imgsz", "rect", "batch", "conf", "iou", "max_det")})
-            super().finalize_metrics()
+            super().update_metrics(preds, batch)
 
     try:
         with TemporaryDirectory() as folder:
@@ -278,25 +265,16 @@ def detect(path: Path, truth: GroundTruth, *, clip: bool = False, **settings: An
     except Exception as e:  # the inputs were checked before
         raise RuntimeError(f"{path}: Ultralytics' val failed: {type(e).__name__}: {e}") from e
     table = np.concatenate([rows for _, rows in found])
-    detections = Detections.build(
-        truth,
-        image=np.repeat([i for i, _ in found], [len(rows) for _, rows in found]),
-        label=labels[table[:, 1].astype(int)],
-        score=table[:, 0],
-        boxes=snap(table[:, 2:]),
-        where=f"{path}, detection {{}}".format,
-    )
+    image = np.repeat([i for i, _ in found], [len(rows) for _, rows in found])
+    label, boxes = labels[table[:, 1].astype(int)], snap(table[:, 2:])
+    detections = Detections.build(truth, image, label, table[:, 0], boxes, f"{path}, detection {{}}".format)
     return Validation(detections, metrics.results_dict, used, names)
 
 
 def ultralytics_ap(truth: GroundTruth, found: Detections) -> tuple[np.ndarray, np.ndarray]:
-    """Let Ultralytics' own code judge detections, against the objects that its labels would hold.
+    """Evaluate detections by Ultralytics' own code, against the objects that its labels would hold.
 
     These are neither difficult nor repeated.
-
-    Args:
-        truth (GroundTruth): Objects of K classes.
-        found (Detections): The detections.
 
     Returns:
         ap50 (np.ndarray): AP at an IoU of 0.5, shape (K,); NaN without objects.
@@ -327,20 +305,3 @@ def _xml_of(image: Path, folder: str, data: str) -> Path:
     if not before:
         raise ValueError(f"{data}: {image} is in no folder 'images' that 'voc: {folder}' could stand beside")
     return Path(before, folder, after).with_suffix(".xml")
-
-
-def _label_truth(data: DataSet) -> GroundTruth:
-    """Make a ground truth of YOLO labels, which are fractions of the image's size."""
-    labels = sorted(data.labels, key=lambda d: Path(d["im_file"]).stem)
-    boxes = []
-    for d in labels:
-        (height, width), (centre, size) = d["shape"], np.hsplit(np.asarray(d["bboxes"], np.float64).reshape(-1, 4), 2)
-        boxes.append(np.hstack([centre - size / 2, centre + size / 2]) * [width, height, width, height])
-    counts = [len(b) for b in boxes]
-    return GroundTruth.build(
-        classes=class_names(data.path)[1],
-        images=[Path(d["im_file"]).stem for d in labels],
-        image=np.repeat(np.arange(len(labels)), counts),
-        label=np.concatenate([d["cls"].reshape(-1) for d in labels]).astype(int),
-        boxes=snap(np.concatenate(boxes)),
-    )

@@ -39,11 +39,9 @@ def plot_curves(
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for k, (axis, name) in enumerate(zip(axes, classes, strict=False)):
-        for i, result in enumerate(results):
-            curve = result.curves[k]
-            if not result.positives[k]:
-                axis.text(0.5, 0.5, "no objects", ha="center", va="center", color="gray")
-                continue
+        if not results[0].positives[k]:
+            axis.text(0.5, 0.5, "no objects", ha="center", va="center", color="gray")
+        for i, curve in enumerate(result.curves[k] for result in results if result.positives[k]):
             if i == 0:
                 axis.plot(curve.recall, curve.precision, color="0.75", linewidth=0.8)
             recall, envelope = _envelope(curve.recall, curve.precision)

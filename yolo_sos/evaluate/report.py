@@ -37,12 +37,8 @@ class Scores:
 def table(truth: GroundTruth, runs: Sequence[Scores]) -> str:
     """Lay out AP by class and metric, and with several runs also by run, as aligned Markdown.
 
-    Args:
-        truth (GroundTruth): Gives the classes and their numbers of objects.
-        runs (Sequence[Scores]): At least one, all with the same metrics; several give mean ± sample standard deviation.
-
-    Returns:
-        (str): One table, or two with a blank line between, each line ended.
+    Of several runs, which have the same metrics, it shows mean ± sample standard deviation, and a second table, after a
+    blank line, has a row for each.
     """
     metrics = list(runs[0].ap)
     difficult = np.bincount(truth.label[truth.difficult], minlength=len(truth.classes))
@@ -51,25 +47,18 @@ def table(truth: GroundTruth, runs: Sequence[Scores]) -> str:
         counts = [str(truth.positives()[k]), str(difficult[k]) if truth.difficult_known else "?"]
         rows.append([name, *counts, *(_cell([float(r.ap[m][k]) for r in runs]) for m in metrics)])
     counts = [str(truth.positives().sum()), str(difficult.sum()) if truth.difficult_known else "?"]
-    means = [r.means() for r in runs]
-    rows.append(["**mean**", *counts, *(_cell([one[m] for one in means]) for m in metrics)])
+    rows.append(["**mean**", *counts, *(_cell([r.means()[m] for r in runs]) for m in metrics)])
     text = markdown_table(rows)
     if len(runs) > 1:
-        by_run = [[r.name, *(_cell([one[m]]) for m in metrics)] for r, one in zip(runs, means, strict=True)]
+        by_run = [[r.name, *(_cell([mean]) for mean in r.means().values())] for r in runs]
         text += "\n" + markdown_table([["run", *metrics], *by_run])
     return text
 
 
 def report_json(truth: GroundTruth, runs: Sequence[Scores], **header: Any) -> dict[str, Any]:
-    """Return everything in a form that JSON can hold; what is undefined is None.
+    """Return header, ground truth, means, standard deviations (of several runs) and each run, as JSON can hold them.
 
-    Args:
-        truth (GroundTruth): Gives the classes and their numbers of objects.
-        runs (Sequence[Scores]): At least one, all with the same metrics.
-        **header (Any): What comes first, such as the command and the versions.
-
-    Returns:
-        (dict[str, Any]): Header, ground truth, means, standard deviations (of several runs), and each run.
+    What is undefined is None. The runs, at least one, have the same metrics.
     """
     positives = truth.positives().tolist()
     difficult = np.bincount(truth.label[truth.difficult], minlength=len(truth.classes)).tolist()
@@ -87,9 +76,7 @@ def report_json(truth: GroundTruth, runs: Sequence[Scores], **header: Any) -> di
             {
                 "name": r.name,
                 "mean": r.means(),
-                "per_class": {
-                    name: {m: float(ap[k]) for m, ap in r.ap.items()} for k, name in enumerate(truth.classes)
-                },
+                "per_class": {c: {m: float(ap[k]) for m, ap in r.ap.items()} for k, c in enumerate(truth.classes)},
                 **r.details,
             }
             for r in runs
@@ -99,15 +86,9 @@ def report_json(truth: GroundTruth, runs: Sequence[Scores], **header: Any) -> di
 
 
 def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
-    """Say why the metrics differ, and what about this ground truth limits them.
+    """Return sentences on why the metrics differ and what about this ground truth limits them.
 
-    Args:
-        truth (GroundTruth): The ground truth.
-        iou (float): Threshold of the devkit's metric.
-        runs (int): Number of runs in the table.
-
-    Returns:
-        (list[str]): One sentence or two each.
+    The devkit's metric has the threshold ``iou``; the table shows so many runs.
     """
     lines = [
         f"VOC is the devkit's metric at IoU {iou:g}: a detection belongs to the object it overlaps most, and difficult "
@@ -136,6 +117,4 @@ def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
 
 
 def _cell(values: Sequence[float]) -> str:
-    if np.isnan(values).any():
-        return "–"
-    return mean_std(values, ".4f")
+    return "–" if np.isnan(values).any() else mean_std(values, ".4f")

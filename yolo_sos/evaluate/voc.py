@@ -78,9 +78,6 @@ def voc_ap(truth: GroundTruth, detections: Detections, iou: float = 0.5) -> VOCR
         detections (Detections): D detections, in any order; their order breaks ties between equal scores.
         iou (float): Least intersection over union of a true positive, in (0, 1].
 
-    Returns:
-        (VOCResult): AP and curve of each class.
-
     Raises:
         ValueError: If `iou` is out of range.
     """
@@ -116,10 +113,6 @@ def voc_ap(truth: GroundTruth, detections: Detections, iou: float = 0.5) -> VOCR
 
 def best_objects(truth: GroundTruth, detections: Detections) -> tuple[np.ndarray, np.ndarray]:
     """Find the object of its class and image that each detection overlaps most.
-
-    Args:
-        truth (GroundTruth): G objects.
-        detections (Detections): D detections.
 
     Returns:
         owner (np.ndarray): Index of the object, int64, shape (D,); of equally overlapped ones the first; -1 for none.

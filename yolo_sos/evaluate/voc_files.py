@@ -11,6 +11,7 @@ prints six decimals; here numbers are written with as many as it takes to read t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -46,11 +47,11 @@ def voc_truth(
         ValueError: If an image id comes twice, or a class is unknown; names file and object.
     """
     annotations = sorted(annotations, key=lambda a: a.image_id)
-    selection = Selection()
+    selection, unbounded = Selection(), (math.inf, math.inf)
     found = [
         (number, a, i)
         for number, a in enumerate(annotations)
-        for i in (selection.of(a, sizes(a.image_id)) if sizes else selection.of(a))
+        for i in selection.of(a, sizes(a.image_id) if sizes else unbounded)
     ]
     objects = [a.objects[i] for _, a, i in found]
     names = sorted({o.name for o in objects}) if classes is None else list(classes)
@@ -73,44 +74,50 @@ def voc_truth(
 def read_voc_detections(folder: str | Path, truth: GroundTruth, image_set: str = "test") -> Detections:
     """Read the devkit's detection files, `comp*_det_{image_set}_{class}.txt`.
 
-    Args:
-        folder (str | Path): Where the files lie.
-        truth (GroundTruth): Gives classes and images.
-        image_set (str): The image set in the files' names.
-
-    Returns:
-        (Detections): Class by class, each in the order of its file.
+    `truth` gives classes and images. The detections come class by class, each class in the order of its file.
 
     Raises:
         FileNotFoundError: If a class has no file; one without detections is to be there and empty.
         ValueError: If a file's class is unknown or comes twice, or a line is wrong; names file and line.
     """
-    files = _class_files(Path(folder), truth, image_set)
+    folder = Path(folder)
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob(f"comp*_det_{image_set}_*.txt")):
+        name = path.stem.split(f"_det_{image_set}_", maxsplit=1)[1]
+        if name not in truth.classes:
+            raise ValueError(f"{path}: unknown class '{name}'; the classes are {', '.join(truth.classes)}")
+        if name in files:
+            raise ValueError(f"{path}: class '{name}' already has {files[name].name}")
+        files[name] = path
+    for name in truth.classes:
+        if name not in files:
+            wanted = folder / f"comp4_det_{image_set}_{name}.txt"
+            raise FileNotFoundError(f"{wanted}: no such file; a class without detections has an empty one")
     images = {name: i for i, name in enumerate(truth.images)}
-    image: list[int] = []
-    label: list[int] = []
+    indices: list[tuple[int, int]] = []  # image and class
     numbers: list[list[float]] = []  # score and box
-    places: list[tuple[Path, int]] = []
-    for k, path in enumerate(files):
-        for line, text in enumerate(read_text(path).split("\n"), start=1):
+    places: list[str] = []
+    for k, name in enumerate(truth.classes):
+        for line, text in enumerate(read_text(files[name]).split("\n"), start=1):
             if not text.strip():
                 continue
+            place = f"{files[name]}, line {line}"
             fields = text.rsplit(maxsplit=5)  # an id may hold blanks
             try:
-                numbers.append([float(f) for f in fields[1:]])
-                if len(fields) != 6:
+                image, *values = fields[0].strip(), *map(float, fields[1:])
+                if len(values) != 5:
                     raise ValueError
             except ValueError:
-                raise ValueError(f"{path}, line {line}: '{text}' is not 'id score xmin ymin xmax ymax'") from None
-            if (name := fields[0].strip()) not in images:
+                raise ValueError(f"{place}: '{text}' is not 'id score xmin ymin xmax ymax'") from None
+            if image not in images:
                 some = f"which have {len(images)} images, such as '{truth.images[0]}'"
-                raise ValueError(f"{path}, line {line}: image '{name}' is not in the annotations, {some}")
-            image.append(images[name])
-            label.append(k)
-            places.append((path, line))
-    table = np.array(numbers, np.float64).reshape(-1, 5)
-    boxes = snap(table[:, 1:] + _TO_CONTINUOUS)
-    return Detections.build(truth, image, label, table[:, 0], boxes, lambda i: "{}, line {}".format(*places[i]))
+                raise ValueError(f"{place}: image '{image}' is not in the annotations, {some}")
+            indices.append((images[image], k))
+            numbers.append(values)
+            places.append(place)
+    image_index, label = np.array(indices, np.int64).reshape(-1, 2).T
+    score, boxes = np.split(np.array(numbers, np.float64).reshape(-1, 5), [1], axis=1)
+    return Detections.build(truth, image_index, label, score[:, 0], snap(boxes + _TO_CONTINUOUS), places.__getitem__)
 
 
 def write_voc_detections(
@@ -118,14 +125,7 @@ def write_voc_detections(
 ) -> list[Path]:
     """Write the devkit's files, `comp4_det_{image_set}_{class}.txt`, one per class, also for one without detections.
 
-    Args:
-        folder (str | Path): Where to; it is made.
-        truth (GroundTruth): Gives the names of classes and images.
-        detections (Detections): What to write.
-        image_set (str): The image set in the files' names.
-
-    Returns:
-        (list[Path]): The files.
+    The folder is made. The files are returned in the order of the classes.
 
     Raises:
         ValueError: If a class's name cannot be part of a file's name.
@@ -146,20 +146,3 @@ def check_class_files(classes: Sequence[str]) -> None:
     """Raise a ``ValueError`` if a class cannot be part of a file's name, as the devkit's format asks for."""
     if bad := [name for name in classes if re.search(r"[/\\\0-\x1f]", name)]:
         raise ValueError(f"class '{bad[0]}' cannot be part of a file's name, which the devkit's format asks for")
-
-
-def _class_files(folder: Path, truth: GroundTruth, image_set: str) -> list[Path]:
-    """Return the file of each class."""
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob(f"comp*_det_{image_set}_*.txt")):
-        name = path.stem.split(f"_det_{image_set}_", maxsplit=1)[1]
-        if name not in truth.classes:
-            raise ValueError(f"{path}: unknown class '{name}'; the classes are {', '.join(truth.classes)}")
-        if name in files:
-            raise ValueError(f"{path}: class '{name}' already has {files[name].name}")
-        files[name] = path
-    for name in truth.classes:
-        if name not in files:
-            wanted = folder / f"comp4_det_{image_set}_{name}.txt"
-            raise FileNotFoundError(f"{wanted}: no such file; a class without detections has an empty one")
-    return [files[name] for name in truth.classes]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -79,8 +79,8 @@ def read_arms(
             all arms.
     """
     default = folder / DEFAULT
-    stock = read_cfg(default)
-    shared = {**stock, **(overrides or {})}
+    stock, overrides = read_cfg(default), overrides or {}
+    shared = {**stock, **overrides}
     place = (folder / (YAML.load(default).get("arms") or ".")).resolve()
     files = {path.stem: path for path in sorted(place.glob("*.yaml")) if path.name != DEFAULT}
     if not files:
@@ -89,26 +89,19 @@ def read_arms(
         if not shared.get(key):
             raise ValueError(f"{default}: it names no {key}. Give one for all arms: {key}=…")
     arms = {}
-    for name in _ordered(files if chosen is None else chosen):
+    for name in sorted(set(files if chosen is None else chosen), key=lambda name: (name != "baseline", name)):
         if name not in files:
             near = get_close_matches(name, files, n=1, cutoff=0.0)[0]
             raise ValueError(f"'{name}' is not an arm of {folder.name}. Did you mean '{near}'? {', '.join(files)}.")
-        arms[name] = _read_arm(name, files[name], default, stock, overrides or {})
+        # With or without `cfg: default.yaml`, an arm builds on its experiment's default.
+        given = read_cfg(files[name], default)
+        changed = {k: v for k, v in given.items() if k not in stock or stock[k] != v}
+        if clash := sorted(changed.keys() & overrides.keys()):
+            raise ValueError(f"{clash[0]}={overrides[clash[0]]} for all arms: {files[name]} sets {clash[0]} itself.")
+        try:
+            config, common = resolved({**shared, **changed}), resolved(shared)
+        except (ValueError, TypeError, SyntaxError) as e:
+            raise ValueError(f"{files[name]}: {e}") from e
+        differences = tuple(key for key in config if config[key] != common[key])
+        arms[name] = Arm(name, {**shared, **changed}, config, differences)
     return arms
-
-
-def _ordered(names: Iterable[str]) -> list[str]:
-    return sorted(dict.fromkeys(names), key=lambda name: (name != "baseline", name))
-
-
-def _read_arm(name: str, path: Path, default: Path, stock: dict[str, Any], overrides: dict[str, Any]) -> Arm:
-    shared = {**stock, **overrides}
-    # With or without `cfg: default.yaml`, an arm builds on its experiment's default.
-    changed = {k: v for k, v in read_cfg(path, default).items() if k not in stock or stock[k] != v}
-    if clash := sorted(changed.keys() & overrides.keys()):
-        raise ValueError(f"{clash[0]}={overrides[clash[0]]} for all arms: {path} sets {clash[0]} itself.")
-    try:
-        config, common = resolved({**shared, **changed}), resolved(shared)
-    except (ValueError, TypeError, SyntaxError) as e:
-        raise ValueError(f"{path}: {e}") from e
-    return Arm(name, {**shared, **changed}, config, tuple(key for key in config if config[key] != common[key]))

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ultralytics.utils import LOGGER, TQDM, colorstr
 
+from yolo_sos.core.checks import boolean, choice, invalid
 from yolo_sos.experiment.arms import find_experiment, read_arms
 from yolo_sos.experiment.judge import check_judgement, judged_settings
-from yolo_sos.experiment.launch import LAUNCHERS, check_launcher
-from yolo_sos.experiment.record import difference, read_record, record_path, wall_time, write_record
-from yolo_sos.experiment.run import Busy, Run, available_splits
+from yolo_sos.experiment.launch import LAUNCHERS
+from yolo_sos.experiment.record import read_record, record_path, wall_time, write_record
+from yolo_sos.experiment.run import Busy, Run, available_splits, refuse_change
 
 PREFIX = colorstr("experiment: ")
 
@@ -54,15 +56,17 @@ class Experiment:
         **overrides: Any,
     ):
         """Check everything that can be checked without the data."""
-        check_launcher(launcher)
-        if not isinstance(plan, bool):
-            raise ValueError(f"'plan={plan}' is invalid: plan must be true or false.")
+        self.plan, self.launcher = boolean("plan", plan), choice(*LAUNCHERS)("launcher", launcher)
+        if launcher == "ray" and find_spec("ray") is None:
+            raise ValueError("launcher=ray needs Ray. Install it with: pip install 'yolo-sos[ray]'")
         folder = find_experiment(name)
-        self.name = experiment_name(name, folder)
-        self.plan, self.launcher, self.results = plan, launcher, Path(results)
+        path = Path(name)  # records bear the name as it was given, or that of the folder where it lies elsewhere
+        self.name = folder.name if path.is_absolute() or ".." in path.parts else path.as_posix()
+        self.results = Path(results)
         self.splits = _names("splits", splits)
-        if wrong := [split for split in self.splits or () if split not in {"train", "val", "test"}]:
-            raise ValueError(f"'splits={wrong[0]}' is invalid: splits must be of train, val, test.")
+        for split in self.splits or ():
+            if split not in {"train", "val", "test"}:
+                raise invalid("splits", split, "of train, val, test")
         chosen = read_arms(folder, _names("arms", arms), overrides)
         for arm in chosen.values():
             judged_settings(arm.config)  # raises if a record could not judge as the training validates
@@ -82,11 +86,7 @@ class Experiment:
         if not path.exists():
             return False
         record = read_record(path)
-        if key := difference(record["config"], run.arm.config):
-            raise ValueError(
-                f"{path}: was run with {key}={record['config'].get(key)}, now it is {run.arm.config.get(key)}. "
-                "Move the record and its run away to start again."
-            )
+        refuse_change(path, "run", record["config"], run.arm, "the record and its run")
         return set(run.splits) <= set(record["metrics"])
 
     def record_path(self, run: Run) -> Path:
@@ -142,8 +142,7 @@ class Experiment:
         """Return the state of a run in words."""
         if run in self.finished:
             return "finished"
-        done, epochs = run.epochs_done, run.arm.config["epochs"]
-        return f"{done} of {epochs} epochs" if done else "to do"
+        return f"{done} of {run.arm.config['epochs']} epochs" if (done := run.epochs_done) else "to do"
 
     def estimate(self) -> str:
         """Return in words how long the rest will take, one run after another, by the times of earlier runs."""
@@ -159,23 +158,18 @@ class Experiment:
         return f"about {left * median(seconds) / 3600:.1f} h left, one after another"
 
 
-def experiment_name(name: str, folder: Path) -> str:
-    """Return the name of an experiment in records: as it was given, or the name of its folder for a path elsewhere."""
-    return folder.name if Path(name).is_absolute() or ".." in Path(name).parts else Path(name).as_posix()
-
-
 def _names(key: str, value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if value is None:
         return None
     names = value.removeprefix("[").removesuffix("]").split(",") if isinstance(value, str) else list(value)
     names = [str(name).strip() for name in names]
     if not all(names):
-        raise ValueError(f"'{key}={value}' is invalid: {key} must be names with commas between them.")
+        raise invalid(key, value, "names with commas between them")
     return tuple(names)
 
 
 def _seeds(value: int | Sequence[int]) -> tuple[int, ...]:
     seeds = (value,) if isinstance(value, int) else tuple(value) if isinstance(value, (list, tuple)) else ()
     if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"'seeds={value}' is invalid: seeds must be different integers of at least 0, such as 0,1,2.")
+        raise invalid("seeds", value, "different integers of at least 0, such as 0,1,2")
     return seeds

@@ -27,13 +27,13 @@ SETTINGS = (
 
 
 def judged_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `judge` and `check_judgement` take of a training's settings, so that they judge as it validated.
+    """Return the settings of a training that its validation depends on, for `judge` and `check_judgement`.
 
     Args:
         config (Mapping[str, Any]): Ultralytics' settings of the training, such as the record of a run keeps.
 
     Returns:
-        (dict[str, Any]): The settings that a validation depends on, without those that are None.
+        (dict[str, Any]): Those that a validation depends on, without those that are None.
 
     Raises:
         ValueError: If the training validated on a part of a split, which a record does not.
@@ -77,15 +77,9 @@ def check_judgement(data: str, split: str, *, task: str, **settings: Any) -> Gro
 def judge(
     weights: str | Path, data: str, split: str, *, task: str, device: Any = None, **settings: Any
 ) -> dict[str, float]:
-    """Validate a model on one split, in one pass and without a sound.
+    """Validate a model on one split in one pass, logging nothing but warnings.
 
-    Args:
-        weights (str | Path): The checkpoint.
-        data (str): The data YAML, or the folder or name of a classification set.
-        split (str): ``train``, ``val`` or ``test``.
-        task (str): Ultralytics' task, such as ``detect`` or ``classify``.
-        device (Any): As Ultralytics takes it: ``"cpu"``, 0, …; None for what it picks.
-        **settings (Any): The rest of what `judged_settings` returns for the training: imgsz, batch, max_det, …
+    ``device`` is as Ultralytics takes it, None for what it picks; the other arguments are those of `check_judgement`.
 
     Returns:
         (dict[str, float]): Ultralytics' metrics by its own names, such as ``metrics/mAP50-95(B)`` or
@@ -98,14 +92,13 @@ def judge(
         ValueError: If the checkpoint cannot be judged on this data set, as `check_judgement`; says why.
         RuntimeError: If the validation fails.
     """
-    weights = Path(weights)
-    if not weights.is_file():  # Ultralytics would look for it online
+    if not Path(weights).is_file():  # Ultralytics would look for it online
         raise FileNotFoundError(f"{weights}: no such checkpoint")
     truth = check_judgement(data, split, task=task, **settings)
     val = {"data": data, "split": split, "device": device, "verbose": False, **settings}
     with quiet():
         if truth is not None:
-            validation = detect(weights, truth, **val)
+            validation = detect(Path(weights), truth, **val)
             result = voc_ap(truth, validation.found)
             devkit = {"devkit/AP50-07": mean_ap(result.ap07), "devkit/AP50-10": mean_ap(result.ap)}
             return {**validation.metrics, **devkit}

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 from yolo_sos.experiment.run import Run, execute
@@ -67,14 +66,6 @@ def _gpus(device: str, any_gpu: bool) -> int:
     if device in {"", "None", "-1"}:
         return int(any_gpu)
     return 0 if device in {"cpu", "mps"} else len(device.strip("[]").split(","))
-
-
-def check_launcher(name: str) -> None:
-    """Raise a ``ValueError`` if there is no launcher of that name, or if it needs what is not installed."""
-    if name not in LAUNCHERS:
-        raise ValueError(f"'launcher={name}' is invalid: launcher must be one of {', '.join(LAUNCHERS)}.")
-    if name == "ray" and find_spec("ray") is None:
-        raise ValueError("launcher=ray needs Ray. Install it with: pip install 'yolo-sos[ray]'")
 
 
 LAUNCHERS: dict[str, Callable[[Iterable[Run]], Iterator[Outcome]]] = {"local": local, "ray": on_ray}

@@ -123,15 +123,10 @@ class Record:
 
 
 def difference(one: dict[str, Any], other: dict[str, Any], besides: tuple[str, ...] = ()) -> str | None:
-    """Return the first key, in alphabetical order, in which two configs differ; None if they agree.
+    """Return the first key, in alphabetical order, in which two configs differ, ``besides`` apart; None if they agree.
 
     A setting that a record of an older release lacks counts as its default, and its ``sos_solver=qr`` as ``svd``, which
     computes the same weights. The settings of a shift do not count where one of the two does not shift.
-
-    Args:
-        one (dict): A config, as records hold it.
-        other (dict): Another.
-        besides (tuple[str, ...]): Keys that may differ.
     """
     defaults = SOSConfig.from_dict({}).to_dict()
     one, other = (finite({**defaults, **config}) for config in (one, other))

@@ -93,14 +93,15 @@ class Run:
     def check(self) -> None:
         """Raise a ``ValueError`` if an epoch was trained and saved with other settings."""
         begun = self.folder / BEGUN
-        if not (begun.exists() and self.last.exists()):  # what failed before holds nothing to lose
-            return
-        config = read_json(begun)
-        if key := difference(config, self.arm.config):
-            raise ValueError(
-                f"{begun}: was begun with {key}={config.get(key)}, now it is {self.arm.config.get(key)}. "
-                "Move the folder away to start again."
-            )
+        if begun.exists() and self.last.exists():  # what failed before an epoch holds nothing to lose
+            refuse_change(begun, "begun", read_json(begun), self.arm, "the folder")
+
+
+def refuse_change(path: Path, done: str, config: dict[str, Any], arm: Arm, away: str) -> None:
+    """Raise a ``ValueError`` if what an earlier run left has another config than the arm."""
+    if key := difference(config, arm.config):
+        change = f"{key}={config.get(key)}, now it is {arm.config.get(key)}"
+        raise ValueError(f"{path}: was {done} with {change}. Move {away} away to start again.")
 
 
 def execute(run: Run) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def train(run: Run) -> None:
         return
     write_text(run.folder / BEGUN, json.dumps(run.arm.config, indent=1) + "\n")
     settings = {**run.arm.settings, "data": run.data}
-    # By name, not from a YOLO object: what `pretrained` and `model` mean together is for Ultralytics to say.
+    # By name, not from a YOLO object: Ultralytics decides what `pretrained` and `model` mean together.
     model = YOLO(resolve_model(settings.pop("model")), task=settings.pop("task", None))
     model.train(
         trainer=TRAINERS[model.task],

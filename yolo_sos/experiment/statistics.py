@@ -13,27 +13,16 @@ TIE = 1e-9  # sums of differences that lie closer than this share of Σ|d| are e
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and sample standard deviation.
-
-    Args:
-        values (Sequence[float]): n numbers.
-
-    Returns:
-        (tuple[float, float]): ``Σx/n``, and the root of ``Σ(x−mean)²/(n−1)``. nan where n is too small: below 1 and 2.
-    """
+    """Return ``Σx/n`` and the sample standard deviation ``√(Σ(x−mean)²/(n−1))``; nan where n is below 1 and 2."""
     mean = float(np.mean(values)) if len(values) else math.nan
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def t_probability(t: float, dof: int) -> float:
-    """Return ``P(|T| ≤ t)`` of Student's distribution.
+    """Return ``P(|T| ≤ t)`` of Student's distribution with ``dof`` ≥ 1 degrees of freedom, for t ≥ 0.
 
     Closed form for whole degrees of freedom: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 (odd)
     and 26.7.4 (even), a series of ``dof/2`` terms in ``θ = arctan(t/√dof)``.
-
-    Args:
-        t (float): At least 0.
-        dof (int): Degrees of freedom, at least 1.
     """
     theta = math.atan2(t, math.sqrt(dof))
     odd = dof % 2
@@ -46,12 +35,7 @@ def t_probability(t: float, dof: int) -> float:
 
 
 def t_quantile(level: float, dof: int) -> float:
-    """Return the t with ``P(|T| ≤ t) = level``, by bisection over θ (see `t_probability`).
-
-    Args:
-        level (float): Between 0 and 1, both excluded.
-        dof (int): Degrees of freedom, at least 1.
-    """
+    """Return the t with ``P(|T| ≤ t) = level``, 0 < level < 1, by bisection over θ (see `t_probability`)."""
     low, high = 0.0, math.pi / 2
     for _ in range(64):  # more than the bits of a float64
         middle = (low + high) / 2
@@ -63,16 +47,9 @@ def t_quantile(level: float, dof: int) -> float:
 
 
 def t_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Return the confidence interval of a mean, ``mean ± t·s/√n`` with n − 1 degrees of freedom.
+    """Return both ends of the confidence interval of a mean, ``mean ± t·s/√n`` with n − 1 degrees of freedom.
 
-    Source: Student, The probable error of a mean, Biometrika 6 (1908).
-
-    Args:
-        differences (Sequence[float]): n paired differences.
-        level (float): Coverage.
-
-    Returns:
-        (tuple[float, float]): Both ends; nan with fewer than two differences.
+    They are nan with fewer than two differences. Source: Student, The probable error of a mean, Biometrika 6 (1908).
     """
     mean, std = mean_and_std(differences)
     n = len(differences)
@@ -88,11 +65,8 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 
     Sources: Fisher, The Design of Experiments (1935), § 21; Pitman, Significance tests which may be applied to samples
     from any populations, J. R. Stat. Soc. Suppl. 4 (1937). The patterns are counted, not drawn: every sum of the first
-    half meets the sorted sums of the second (Horowitz and Sahni, Computing partitions, J. ACM 21, 1974), so that 2ⁿ of
-    them cost 2^(n/2).
-
-    Args:
-        differences (Sequence[float]): n paired differences.
+    half is compared with the sorted sums of the second (Horowitz and Sahni, Computing partitions, J. ACM 21, 1974), so
+    that 2ⁿ of them cost 2^(n/2).
 
     Returns:
         (float): Between ``least_p(n)`` and 1; nan without differences, or if one is nan.
@@ -129,13 +103,8 @@ def holm(p: Sequence[float]) -> list[float]:
     """Return p-values corrected for being several: below α with them, at most α for one false alarm in all.
 
     Source: Holm, A simple sequentially rejective multiple test procedure, Scand. J. Stat. 6 (1979). The k-th smallest
-    of m counts m − k + 1 times, and none less than a smaller one.
-
-    Args:
-        p (Sequence[float]): One p-value per test; nan: no test, which counts for nothing.
-
-    Returns:
-        (list[float]): In the order given; nan stays.
+    of m is multiplied by m − k + 1, and none becomes less than a smaller one. The order is kept; nan is no test, and
+    stays.
     """
     tests = sorted((value, i) for i, value in enumerate(p) if not math.isnan(value))
     corrected, highest = [math.nan] * len(p), 0.0

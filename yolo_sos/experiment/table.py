@@ -110,11 +110,17 @@ class ResultTable:
         self.rows = [row for split in self.splits for name in self._metrics(split) for row in self._rows(split, name)]
 
     def _check_configs(self) -> None:
-        for of_arm in self.arms.values():
-            for other in of_arm[1:]:
-                _check_equal(of_arm[0], other)
+        """Refuse configs that differ in more than the seed within an arm, or than what their arms set between two."""
+        pairs: list[tuple[Record, Record, tuple[str, ...]]]
+        pairs = [(of_arm[0], other, ()) for of_arm in self.arms.values() for other in of_arm[1:]]
         for one, other in combinations([of_arm[0] for of_arm in self.arms.values()], 2):
-            _check_equal(one, other, (*one.differences, *other.differences))
+            pairs.append((one, other, (*one.differences, *other.differences)))
+        for one, other, allowed in pairs:
+            if (key := difference(one.config, other.config, allowed)) is not None:
+                values = " and ".join(json.dumps(record.config.get(key)) for record in (one, other))
+                may = f"what their arms set ({', '.join(dict.fromkeys(allowed))})" if allowed else "the seed"
+                where = f"{one.path} and {other.path}"
+                raise ValueError(f"{where}: '{key}' differs: {values}. They may differ in {may} alone.")
 
     def _primary(self) -> str:
         first = self.records[0]
@@ -143,10 +149,8 @@ class ResultTable:
         corrected = [math.nan] * len(values)
         if metric == self.primary:
             corrected = holm([sign_flip_p(list(of_arm.values())) for of_arm in differences.values()])
-        return [
-            Row(split, metric, arm, values[arm], differences[arm], p)
-            for arm, p in zip(self.arms, corrected, strict=True)
-        ]
+        arms = zip(self.arms, corrected, strict=True)
+        return [Row(split, metric, arm, values[arm], differences[arm], p) for arm, p in arms]
 
     def _pairs(self, arm: str) -> dict[int, tuple[Record, Record]]:
         """Return by seed the records of an arm and of the baseline that are compared with each other."""
@@ -201,15 +205,10 @@ class ResultTable:
                 notes.append(f"The {len(self.records)} records do not agree in {name}: {counts}.")
         for record in self.records:
             if not record.comparable:
-                notes.append(
-                    f"{record.path.name}: its arm shifts, but no shift reached the model that was judged, so it is "
-                    "left out of all comparisons."
-                )
-            for split, values in record.metrics.items():
-                if math.isnan(values[self.primary]):
-                    notes.append(
-                        f"{record.path.name} has no number on {split}, so the figures that need it are unknown."
-                    )
+                why = "its arm shifts, but no shift reached the model that was judged"
+                notes.append(f"{record.path.name}: {why}, so it is left out of all comparisons.")
+            for split in (split for split, values in record.metrics.items() if math.isnan(values[self.primary])):
+                notes.append(f"{record.path.name} has no number on {split}, so the figures that need it are unknown.")
         return "\n".join([*parts, "".join(f"- {note}\n" for note in notes)])
 
     def _headline(self, split: str) -> str:
@@ -269,14 +268,10 @@ class ResultTable:
                 "time_ratio": _range(self.ratios(arm, "wall_time")),
                 "norm2_ratio": _range(self.ratios(arm, "norm2")),
             }
-        rows = [
-            {
-                **finite({**row.figures, "p_least": least_p(len(row.differences))}),
-                "values": finite(row.values),
-                "differences": finite(row.differences),
-            }
-            for row in self.rows
-        ]
+        rows = []
+        for row in self.rows:
+            figures = {**row.figures, "p_least": least_p(len(row.differences))}
+            rows.append(finite({**figures, "values": row.values, "differences": row.differences}))
         return {
             "experiment": self.experiment,
             "command": f"yolo-sos table {self.experiment}",
@@ -315,14 +310,6 @@ class ResultTable:
         with atomic_path(path) as temporary:
             fig.savefig(temporary, dpi=200)
         plt.close(fig)
-
-
-def _check_equal(one: Record, other: Record, allowed: tuple[str, ...] = ()) -> None:
-    key = difference(one.config, other.config, allowed)
-    if key is not None:
-        values = " and ".join(json.dumps(record.config.get(key)) for record in (one, other))
-        may = f"what their arms set ({', '.join(dict.fromkeys(allowed))})" if allowed else "the seed"
-        raise ValueError(f"{one.path} and {other.path}: '{key}' differs: {values}. They may differ in {may} alone.")
 
 
 def _range(values: Sequence[float]) -> dict[str, float] | None:
