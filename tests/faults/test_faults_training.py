@@ -328,7 +328,7 @@ def test_another_error_is_not_retried(train, monkeypatch):
     assert len(calls) == 1
 
 
-# Data that says little ----------------------------------------------------------------------------------------------
+# Data with little information ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -391,7 +391,7 @@ def edited(digits, tmp_path):
         ),
     ],
 )
-def test_data_that_says_little(train, edited, image, labels, settings):
+def test_data_with_little_information(train, edited, image, labels, settings):
     run = train(data=edited(image, labels), **settings)
     rows = run.rows("sos.csv")
     assert len(rows) == 2 * 2 * 6

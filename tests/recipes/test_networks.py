@@ -117,7 +117,7 @@ def test_the_backbone_is_torchvisions_own():
             assert torch.allclose(model.eval()(x)[1], whole.eval()(x), atol=1e-5), name
 
 
-def test_the_head_is_changed_only_where_the_yaml_says_so():
+def test_the_head_is_changed_only_where_the_yaml_asks_for_it():
     model = ClassificationModel("yolo11n-cls.yaml", nc=10, verbose=False)
     conv = model.model[-1].conv
     assert not set_head(model) and model.model[-1].conv is conv

@@ -406,7 +406,7 @@ def test_every_step_of_a_run_is_the_papers(train, method, nbs):
             torch.testing.assert_close(step["after"][name].double(), p.detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_takes_two_passes_of_which_the_first_is_told(plain, sam):
+def test_a_step_takes_two_passes_of_which_the_first_is_logged(plain, sam):
     assert (plain.passes, sam.passes) == (6, 12)
     assert sam.shown[0] == plain.shown[0]  # of the same weights, the one batch
     assert sam.shown[1] != plain.shown[1]

@@ -313,7 +313,7 @@ def test_a_failed_solve_writes_nothing(weights, seen, contents, monkeypatch):
 
 
 # Nothing half written -------------------------------------------------------------------------------------------------
-def test_what_is_there_is_kept_unless_told_otherwise(weights, seen, contents):
+def test_existing_results_are_kept_unless_exist_ok(weights, seen, contents):
     path = weights()
     for name in "best-sos.pt", "best-sos.json":
         path.with_name(name).write_text("mine")

@@ -135,7 +135,7 @@ def test_results_that_are_there_stay(weights, seen):
         CheckpointSweep(path, seen)
 
 
-def test_the_cost_is_told_in_validations():
+def test_the_cost_is_given_in_validations():
     text = cost({"images": 3.0, "algebra": 1.0, "validation": 2.0, "points": 4.0})
     assert text.startswith("10.0 s in all")
     assert text.endswith("that is 5.0 validations")

@@ -345,7 +345,7 @@ def test_the_loss_is_the_one_that_ultralytics_minimises_per_image(case):
     torch.testing.assert_close(ours, theirs / (1 if isinstance(model, ClassificationModel) else IMAGES))
 
 
-def test_class_probabilities_are_labels_or_what_the_class_layer_says(case):
+def test_class_probabilities_are_labels_or_those_of_the_class_layer(case):
     model, task, batch = case
     layer = final_layers(model)[-1]
     logits = torch.randn(IMAGES, CLASSES)

@@ -72,7 +72,7 @@ def shifted(classifier_settings):
     return run(classifier_settings, dropout=0.9, pretrained=False, **ROWS)
 
 
-def test_it_shifts_each_epoch_and_tells_so(shifted):
+def test_it_shifts_each_epoch_and_reports_it(shifted):
     trainer, shifts = shifted
     assert len(shifts) == 4  # EMA and live model, two epochs
     for line in results(trainer):

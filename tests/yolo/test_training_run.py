@@ -335,11 +335,10 @@ def test_without_a_guard_the_heldout_losses_are_reported_all_the_same(train, shi
 @pytest.mark.parametrize(("slope", "guarded"), [(1, True), (-1, False)])
 def test_a_loss_that_rises_leaves_the_weights_and_is_reported(train, monkeypatch, slope, guarded):
     """The loss is 100 as long as the class layers are those before the shift, and 100 ± 1 with others."""
-    first: dict[tuple[int, ...], torch.Tensor] = {}  # of a batch: the scores before the shift
 
     def loss(self, output, batch):
-        scores = first.setdefault((id(self), batch["img"].shape[0]), output["scores"].clone())
-        return torch.tensor(100.0 if torch.allclose(scores, output["scores"], atol=1e-5) else 100.0 + slope)
+        scores = vars(self).setdefault("scores", output["scores"].clone())  # of the only batch, before the shift
+        return torch.tensor(100.0 if torch.equal(scores, output["scores"]) else 100.0 + slope)
 
     monkeypatch.setattr(YoloTask, "loss", loss)
     run = train(sos=True, epochs=1, sos_guard=0.0)

@@ -24,7 +24,7 @@ AVERAGED = "averaged"  # under CHECKPOINT_KEY: of how many epochs the saved weig
 
 
 class WeightAveraging(TrainerExtension):
-    """What a trainer does more with ``swa``.
+    """The extension of a trainer by ``swa``.
 
     At the end of each epoch from ``swa`` of them on, the weights of the live model join an equal average, and
     BatchNorm's statistics are computed anew for it, from one pass over the training images. The average replaces the

@@ -25,7 +25,7 @@ def step_factor(epoch: int, epochs: int, steps: Sequence[float]) -> float:
 
 
 class SteppedLearningRate(TrainerExtension):
-    """What a trainer does more with ``lr_steps``."""
+    """The extension of a trainer by ``lr_steps``."""
 
     def _setup_scheduler(self) -> None:
         """Schedule the learning rate as Ultralytics does, or in the steps of ``lr_steps``."""

@@ -79,7 +79,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 
 class SharpnessAware(TrainerExtension):
-    """What a trainer does more with ``sharpness_aware``.
+    """The extension of a trainer by ``sharpness_aware``.
 
     The batches between two steps are kept. When Ultralytics is about to step, they go through the model again at the
     perturbed weights, each with the random states of its first pass, and so the same dropout; the gradients of this

@@ -76,7 +76,7 @@ def check_free(paths: Sequence[Path], exist_ok: bool) -> None:
 
 
 class CheckpointJob:
-    """Work on a checkpoint, checked and ready to ``run``: whatever can be wrong is told before the first image.
+    """Work on a checkpoint, checked and ready to ``run``: errors are raised before the first image is read.
 
     Attributes:
         config (SOSConfig): The settings.

@@ -25,7 +25,7 @@ class ManyWeights(BaseValidator):
     """Lets one of Ultralytics' validators score other weights of the final layers beside the model's own.
 
     The model runs once per batch, by Ultralytics' own code. For each set of weights only the final layers are evaluated
-    again, on their captured inputs; Ultralytics decodes, postprocesses and counts. Batches are let go one by one.
+    again, on their captured inputs; Ultralytics decodes, postprocesses and counts. No batch stays in memory.
 
     Attributes:
         weights (list[dict[str, Tensor]]): The sets, layer name → ``(out, d)``.

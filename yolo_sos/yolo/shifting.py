@@ -30,7 +30,7 @@ PER_CLASS = 3  # the paper draws 300 rows for the 100 classes of CIFAR-100
 
 
 class Shifting(TrainerExtension):
-    """What a trainer does more with ``sos=true``.
+    """The extension of a trainer by ``sos=true``.
 
     At the end of each epoch for which ``is_due`` says so, before validation and saving, and with ``sos_start=0`` also
     before the first epoch, the EMA and the live model are shifted, each from its own features of the same few training
@@ -117,10 +117,10 @@ class Shifting(TrainerExtension):
             except Exception as e:
                 error = e  # raised below, once no rank waits any more
         if self.world_size > 1:
-            told = [None if error is None else f"{type(error).__name__}: {error}"]
-            dist.broadcast_object_list(told, src=0)
-            if told[0] and error is None:
-                raise RuntimeError(f"The shift failed on rank 0: {told[0]}")
+            message = [None if error is None else f"{type(error).__name__}: {error}"]
+            dist.broadcast_object_list(message, src=0)
+            if message[0] and error is None:
+                raise RuntimeError(f"The shift failed on rank 0: {message[0]}")
             for model in models.values() if error is None else ():
                 sos = self._sos(model)
                 for layer in self._chosen(model):
