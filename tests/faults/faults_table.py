@@ -87,14 +87,14 @@ FAULTS_ELSEWHERE = {
         "Ultralytics runs the epoch again; it counts once in the average",
     ),
     "recipes/test_averaging.py::test_distillation_is_refused": ("swa or sharpness_aware with distill_model", "refused"),
-    "core/test_weighting.py::test_groups_without_mass_add_nothing": ("a class without any row", "adds nothing"),
-    "core/test_solver.py::test_rows_that_span_nothing_change_nothing": (
+    "core/test_weighting.py::test_groups_without_rows_add_nothing": ("a class without any row", "adds nothing"),
+    "core/test_solvers.py::test_rows_that_span_nothing_change_nothing": (
         "rows that are all zero",
         "not shifted; reported",
     ),
-    "core/test_shift.py::test_rows_see_a_single_bad_pixel": ("one pixel of the features NaN", "not shifted; reported"),
-    "core/test_solver.py::test_overflow_on_the_way_changes_nothing": ("overflow in a solve", "not shifted; reported"),
-    "core/test_shift.py::test_an_exception_leaves_everything_as_it_was": (
+    "core/test_engine.py::test_rows_see_a_single_bad_pixel": ("one pixel of the features NaN", "not shifted; reported"),
+    "core/test_solvers.py::test_overflow_on_the_way_changes_nothing": ("overflow in a solve", "not shifted; reported"),
+    "core/test_engine.py::test_an_exception_leaves_everything_as_it_was": (
         "an exception at any step of a shift",
         "weights, hooks and modes as before",
     ),
@@ -112,6 +112,158 @@ FAULTS_ELSEWHERE = {
     ),
     "evaluate/test_evaluate_files.py::test_bad_coco_detections": ("COCO detections that are wrong", "names the entry"),
     "evaluate/test_evaluate_files.py::test_bad_voc_detections": ("the devkit's detections, wrong", "names the line"),
+    "core/test_sos.py::test_tied_weights_are_refused_by_name": (
+        "a layer whose weight another module holds, too",
+        "refused; names both",
+    ),
+    "core/test_sos.py::test_a_layer_that_does_not_run_once_is_refused_by_name": (
+        "a layer that runs twice in a forward pass, or not at all",
+        "refused; names the layer",
+    ),
+    "core/test_sos.py::test_a_compiled_model_is_judged_as_it_was_written": (
+        "torch.compile, of the model or a part, before a shift",
+        "works: the original code runs; the loss reported is the true one",
+    ),
+    "core/test_sos.py::test_batches_of_any_form_give_the_same_shift": (
+        "batches that are dictionaries, namedtuples, packed sequences",
+        "work; they keep their types",
+    ),
+    "core/test_sos.py::test_targets_of_none_and_a_criterion_without_reduction": (
+        "targets of None; a criterion that returns no scalar",
+        "refused; says what to pass",
+    ),
+    "core/test_sos.py::test_wrong_settings_name_value_and_range": (
+        "SOS, Method: a value out of range",
+        "refused; names value and range",
+    ),
+    "core/test_layers.py::test_what_runs_last_and_cannot_be_shifted_is_named": (
+        "an adapter, a Conv1d or another module as the last layer",
+        "refused; names it",
+    ),
+    "core/test_layers.py::test_a_quantized_head_is_named": (
+        "a quantized head",
+        "refused; names it",
+    ),
+    "yolo/test_training_end.py::test_both_files_are_shifted_whatever_ends_a_run": (
+        "patience, trainer.stop or time= before the first shift",
+        "last.pt and best.pt are shifted at the end",
+    ),
+    "yolo/test_training_end.py::test_a_second_run_in_one_folder_has_no_shifts_of_the_first": (
+        "a second run in one folder, exist_ok=True",
+        "nothing of the first is taken for its own",
+    ),
+    "yolo/test_training_end.py::test_a_run_that_saves_nothing_leaves_the_checkpoints_of_another_alone": (
+        "save=False in the folder of another run",
+        "its checkpoints stay",
+    ),
+    "yolo/test_training_end.py::test_layers_are_looked_at_when_a_shift_is_made": (
+        "layers frozen while training goes on",
+        "not shifted from then on",
+    ),
+    "yolo/test_training_end.py::test_settings_of_a_shift_without_sos_are_refused_as_by_the_command": (
+        "sos_rank without sos=True, in Python",
+        "refused, as by the command",
+    ),
+    "cli/test_cli_help.py::test_a_reader_that_stops_early": (
+        "yolo-sos cfg \\| head",
+        "no traceback",
+    ),
+    "cli/test_cli_train.py::test_wrong_commands_are_refused_before_a_model_is_loaded": (
+        "a word or a key that yolo-sos does not know",
+        "refused in one line, exit status 2",
+    ),
+    "experiment/test_grid.py::test_what_is_due_after_the_last_epoch_is_done_when_a_run_was_killed_then": (
+        "experiment: killed after the last epoch was saved",
+        "what is left is done: shift, stripping, judgement",
+    ),
+    "experiment/test_grid.py::test_a_try_that_failed_before_training_does_not_stand_in_the_way": (
+        "experiment: a try that failed before training",
+        "does not block the next one",
+    ),
+    "experiment/test_grid.py::test_whether_a_shift_reached_the_model_judged": (
+        "experiment: an arm with sos whose model was not shifted",
+        "told in record and table; left out of comparisons",
+    ),
+    "evaluate/test_evaluate_command.py::test_images_that_ultralytics_drops_are_not_left_out_in_silence": (
+        "eval: images cut short, empty, too small, of another format, or with invalid labels",
+        "refused; count, first file and reason",
+    ),
+    "evaluate/test_evaluate_command.py::test_annotations_without_an_image_are_not_left_out_in_silence": (
+        "eval: annotations whose image is missing",
+        "refused; names the first",
+    ),
+    "evaluate/test_evaluate_command.py::test_classes_that_ultralytics_renames": (
+        "class names that Ultralytics renames (ImageNet)",
+        "work",
+    ),
+    "evaluate/test_evaluate_command.py::test_converter_and_evaluator_see_the_same_objects": (
+        "VOC boxes without area; objects listed twice",
+        "left out by converter and evaluator, told; counted and told",
+    ),
+    "evaluate/test_evaluate_command.py::test_numbers_are_safe_before_what_is_decorative": (
+        "class names with $ or \\|; a plot that fails",
+        "numbers are written and printed first",
+    ),
+    "evaluate/test_evaluate_command.py::test_class_names_are_checked_before_a_model_runs": (
+        "a class name with / and --save-voc",
+        "refused before a model runs",
+    ),
+    "evaluate/test_evaluate_command.py::test_keys_are_checked_by_name": (
+        "eval: a wrong argument or value",
+        "refused; names the key",
+    ),
+    "evaluate/test_evaluate_files.py::test_bad_coco_annotations": (
+        "COCO annotations: values of a wrong type; one file under two ids",
+        "refused; names the entry",
+    ),
+    "evaluate/test_evaluate_files.py::test_the_file_name_decides_which_image_is_meant": (
+        "COCO detections whose file_name contradicts the id",
+        "file_name decides, or refused",
+    ),
+    "evaluate/test_evaluate_files.py::test_a_number_that_two_ids_share_is_refused": (
+        "COCO detections: 12 among the images 12 and 012",
+        "refused; names both",
+    ),
+    "evaluate/test_evaluate_files.py::test_encodings_of_voc_detections": (
+        "the devkit's detections in UTF-16 or Latin-1",
+        "UTF-16 is read; else names file and line",
+    ),
+    "data/test_voc_reading.py::test_names_that_end_in_a_number_keep_it": (
+        'image names that end in " 0", " 1" or " -1"',
+        "kept",
+    ),
+    "data/test_voc_reading.py::test_encodings_of_image_sets": (
+        "an image set in UTF-16 or Latin-1",
+        "UTF-16 is read; else names file and line",
+    ),
+    "data/test_voc_reading.py::test_flags_in_words_have_a_rule_and_are_told": (
+        "VOC difficult flags in words",
+        "one rule, told once per set",
+    ),
+    "data/test_voc_reading.py::test_what_is_not_used_is_not_judged": (
+        "VOC truncated or size that is no number",
+        "read; not used",
+    ),
+    "data/test_voc_reading.py::test_upper_and_lower_case_and_namespaces_lose_no_object": (
+        "VOC tags in another case, or with a namespace",
+        "no object is lost",
+    ),
+    "data/test_voc_conversion.py::test_broken_images_and_doubtful_ids_are_named": (
+        "conversion: an image that is empty, unknown or enormous",
+        "refused; names the file",
+    ),
+    "experiment/test_judge.py::test_what_stops_a_judgement_can_be_found_before_the_training": (
+        "experiment: a split that cannot be judged as a whole",
+        "refused before training",
+    ),
+    "experiment/test_judge.py::test_images_of_a_class_are_not_left_out_in_silence": (
+        "classification images or classes that Ultralytics drops",
+        "refused; names the first",
+    ),
+    "experiment/test_judge.py::test_a_training_that_validated_on_a_part_is_refused": (
+        "experiment with fraction=[…]",
+        "refused; names the setting",
+    ),
 }
 
 
