@@ -106,7 +106,10 @@ def ultralytics_home():
 
 # Tiny trainings -------------------------------------------------------------------------------------------------------
 # Whatever the defaults are: three shifts that no guard stops, with images left to choose from
-SHIFTS = {"sos_start": 0.5, "sos_interval": 1, "sos_rank": 0.5, "sos_images": 8, "sos_guard": 1.0}
+SHIFTS = {
+    **{"sos_method": "principal", "sos_rank": 0.5, "sos_guard": 1.0},
+    **{"sos_start": 0.5, "sos_interval": 1, "sos_images": 8},
+}
 
 
 @pytest.fixture(scope="session")

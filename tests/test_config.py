@@ -66,9 +66,9 @@ def test_settings_come_back_from_yaml_as_they_were():
 GOOD = {
     "sos": [True, False],
     "sos_method": list(METHODS),
-    "sos_rank": [1, 48, 10**6, 1.0, 0.5, 1e-3],
+    "sos_rank": [None, "none", 1, 48, 10**6, 1.0, 0.5, 1e-3],
     "sos_weighting": list(WEIGHTINGS),
-    "sos_budget": [0, 0.0, 0.5, 0.999],
+    "sos_budget": [None, "none", 0, 0.0, 0.5, 0.999],
     "sos_solver": list(SOLVERS),
     "sos_start": [0, 0.0, 0.5, 1, 1.0],
     "sos_interval": [1, 7],
@@ -99,9 +99,9 @@ GOOD = {
 BAD = {
     "sos": [1, 0, "true", None, "yes"],
     "sos_method": ["pca", "", None, 1, "Principal"],
-    "sos_rank": [0, -1, 1.5, 0.0, -0.5, math.nan, math.inf, True, "0.5", None, [1]],
+    "sos_rank": [0, -1, 1.5, 0.0, -0.5, math.nan, math.inf, True, "0.5", [1]],
     "sos_weighting": ["class", None, True],
-    "sos_budget": [1, 1.0, -0.1, math.nan, math.inf, True, "0.1", None],
+    "sos_budget": [1, 1.0, -0.1, math.nan, math.inf, True, "0.1"],
     "sos_solver": ["lu", None],
     "sos_start": [-0.1, 1.1, 5, math.nan, True, "0.5", None],
     "sos_interval": [0, -1, 1.0, 0.5, True, "1", None],
@@ -162,7 +162,7 @@ def test_an_unknown_key_names_the_nearest(wrong, right):
 
 
 def test_an_unknown_choice_names_the_nearest():
-    with pytest.raises(ValueError, match=r"one of principal, expected, budget, full, rows; nearest: expected\."):
+    with pytest.raises(ValueError, match=r"one of expected, principal, budget, full, rows; nearest: expected\."):
         SOSConfig.from_dict({"sos_method": "expectd"})
 
 

@@ -65,7 +65,7 @@ def test_shifts_are_made_when_they_are_due(tmp_path):
     _, model, callback = train(tmp_path)
     assert list(callback.reports) == [2, 4]
     for report in callback.reports.values():
-        assert (report.layers[0].name, report.guard) == ("net.2", 0.01)
+        assert (report.layers[0].name, report.guard) == ("net.2", 0.005)
         assert report.layers[0].rows == 400
         assert report.step == 0 or report.squared_norm_ratio < 1
         assert report.heldout_after <= 1.01 * report.heldout_before

@@ -19,6 +19,7 @@ from yolo_sos.core import HeldOut, InputCapture, Moments, engine, solvers
 from yolo_sos.yolo.heads import final_layers
 
 IMAGES, HELD, BATCH, IMGSZ, MODELS = 8, 4, 8, 64, 2
+GIVEN = {"sos_method": "principal", "sos_rank": 0.5, "sos_guard": 1.0}  # a strength that is not searched for
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def shift(trainer):
 
 
 def test_a_shift_reads_each_image_once_and_runs_each_model_once_over_it(make, count, monkeypatch):
-    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=1.0)
+    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, **GIVEN)
     models = (trainer.ema.ema, unwrap_model(trainer.model))
     layers = len(final_layers(models[0]))
     seen: Counter[int] = Counter()
@@ -89,7 +90,7 @@ def test_a_shift_reads_each_image_once_and_runs_each_model_once_over_it(make, co
 
 
 def test_a_pass_captures_the_inputs_of_the_final_layers_and_nothing_else(make):
-    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=1.0)
+    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, **GIVEN)
     model = trainer.ema.ema.eval()
     layers = final_layers(model)
     batch = next(trainer.sample_images({"fit": IMAGES}, 0).batches("fit"))
@@ -104,15 +105,15 @@ def test_a_pass_captures_the_inputs_of_the_final_layers_and_nothing_else(make):
 
 
 def test_one_product_per_layer_accumulates_all_groups(make, count):
-    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=1.0)
+    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, **GIVEN)
     count(Moments, "update")
     shift(trainer)
     layers = len(final_layers(trainer.ema.ema))
     assert count.calls["update"] == layers * MODELS  # not times classes and background
 
 
-@pytest.mark.parametrize("method", ["principal", "rows"])
-def test_what_was_accumulated_is_released_before_images_are_held_out(make, monkeypatch, method):
+@pytest.mark.parametrize("given", [True, False], ids=["given", "found"])
+def test_rows_are_released_before_images_are_held_out(make, monkeypatch, given):
     accumulated, checks = [], []
     accumulator, add = engine._accumulator, HeldOut.add
 
@@ -127,7 +128,7 @@ def test_what_was_accumulated_is_released_before_images_are_held_out(make, monke
 
     monkeypatch.setattr(engine, "_accumulator", remembered)
     monkeypatch.setattr(HeldOut, "add", checked)
-    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_method=method, sos_guard=1.0)
+    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, **(GIVEN if given else {}))
     shift(trainer)
     layers = len(final_layers(trainer.ema.ema))
     assert checks == [[None] * layers, [None] * layers * MODELS]
@@ -146,7 +147,7 @@ def test_the_guard_holds_the_inputs_of_final_layers_and_the_labels_but_neither_i
         return loss(self, weights)
 
     monkeypatch.setattr(HeldOut, "loss", seen)
-    shift(make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=1.0))
+    shift(make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, **GIVEN))
     assert len(held) == MODELS
 
 
@@ -167,7 +168,7 @@ def test_rows_that_are_not_in_the_sample_go_into_no_product(make, monkeypatch):
 
 
 def test_the_guard_stops_at_the_first_step_that_passes(make, count, monkeypatch):
-    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, sos_guard=0.0)
+    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, **{**GIVEN, "sos_guard": 0.0})
     for loss, tried in ((0.0, 1), (math.inf, 3)):  # t = 1; t = 1, ½, ¼, and no more than that, however bad
         monkeypatch.setattr(HeldOut, "loss", lambda self, weights, loss=loss: loss)
         count.calls.clear()

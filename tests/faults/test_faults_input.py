@@ -150,7 +150,7 @@ def test_extras(refused, monkeypatch, tiny):
 @fault("data=digits-cls without scikit-learn", "exits with 2 and names the extra")
 def test_digits_without_scikit_learn(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    digits_set._load_source.cache_clear()
+    digits_set.source_digits.cache_clear()
     monkeypatch.setattr("ultralytics.utils.DATASETS_DIR", Path("sets").absolute())
     assert "pip install 'yolo-sos[digits]'" in refused(
         *("train", "data=digits-cls", "model=yolo11n-cls.yaml", "imgsz=32", "device=cpu")

@@ -67,11 +67,11 @@ def rows_of(path, data, which):
 
 @pytest.fixture(scope="module")
 def shifted(trained, seen, tmp_path_factory):
-    """A shift with the defaults but for the guard, and where it was written."""
+    """A shift of given rank without a guard, and where it was written."""
     folder = tmp_path_factory.mktemp("shifted")
     path = folder / "best.pt"
     path.write_bytes(trained["best"].read_bytes())
-    return path, shift_checkpoint(path, seen, guard=None)
+    return path, shift_checkpoint(path, seen, method="principal", rank=0.5, guard=None)
 
 
 # What is written and told ---------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_the_results_stand_beside_the_checkpoint(shifted, trained):
     assert (report.model, report.status, report.step) == (str(path), "ok", 1.0)
     assert report.images == {"fit": 16, "heldout": 8}
     assert report.settings == {
-        **{"method": "principal", "rank": 0.5, "weighting": "balanced", "budget": 0.01},
+        **{"method": "principal", "rank": 0.5, "weighting": "balanced", "budget": None, "found": False},
         **{"images": 16, "layers": "all", "guard": None, "seed": 0},
     }
 
@@ -266,6 +266,19 @@ def test_a_seed_gives_the_same_bytes(weights, seen):
 
 
 # The guard ------------------------------------------------------------------------------------------------------------
+def test_by_default_the_guard_finds_the_strength(weights, seen):
+    path = weights()
+    report = shift_checkpoint(path, seen, val=False)
+    assert (report.settings["method"], report.settings["found"], report.settings["guard"]) == ("expected", True, 0.005)
+    assert 0 < report.settings["rank"] < 1.0
+    assert report.heldout_after <= report.heldout_before + 0.005 * abs(report.heldout_before)
+    weaker = shift_checkpoint(path, seen, val=False, guard=0.0005, exist_ok=True)
+    assert weaker.settings["rank"] > report.settings["rank"]
+    assert weaker.squared_norm_ratio > report.squared_norm_ratio
+    given = shift_checkpoint(path, seen, val=False, rank=report.settings["rank"], exist_ok=True)
+    assert given.squared_norm_ratio == pytest.approx(report.squared_norm_ratio, rel=1e-9)
+
+
 def test_the_guard_refuses(weights, seen, contents):
     path = weights()
     before = contents(path.parent)

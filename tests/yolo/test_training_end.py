@@ -48,7 +48,7 @@ def test_best_is_shifted_and_nothing_else_of_it(late):
         assert row["epoch"] == "1" and row["status"] == "ok"
         assert float(after[name].float().norm()) == pytest.approx(float(row["norm_after"]), rel=1e-2)  # half precision
         assert float(row["norm_after"]) < float(row["norm_before"])
-    assert [line for line in late.log if "best.pt, of epoch 1: squared norm" in line]
+    assert [line for line in late.log if "best.pt, of epoch 1: 6 layers: squared norm" in line]
 
 
 def test_what_a_shift_has_reached_stays(late, shifted):

@@ -108,7 +108,15 @@ def test_a_short_run_shifts_every_kind_of_layer(task, tiny_set, tmp_path, monkey
         trainer=TRAINERS[task],
         **{"data": str(tiny_set(task)), "epochs": 2, "imgsz": 64, "batch": 4, "device": "cpu", "workers": 0},
         **{"plots": False, "project": str(tmp_path / "runs"), "optimizer": "SGD", "lr0": 0.02, "mosaic": 0.0},
-        **{"sos": True, "sos_start": 0.5, "sos_interval": 1, "sos_images": 6, "sos_guard": 0.5, "sos_rank": 0.5},
+        **{
+            "sos": True,
+            "sos_start": 0.5,
+            "sos_interval": 1,
+            "sos_images": 6,
+            "sos_guard": 0.5,
+            "sos_rank": 0.5,
+            "sos_method": "principal",
+        },
     )
     with open(yolo.trainer.save_dir / "sos.csv", encoding="utf-8", newline="") as f:
         lines = list(csv.DictReader(f))
