@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--imgsz", type=int, default=160, help="(%(default)s)")
     parser.add_argument("--classes", type=int, default=20, help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="(%(default)s)")
-    parser.add_argument("--method", default="principal", choices=AXES["method"], help="(%(default)s)")
+    parser.add_argument("--method", default="expected", choices=AXES["method"], help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="(%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, or the number of a GPU (%(default)s)")
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES, help="(all)")
