@@ -92,7 +92,7 @@ def test_cifar_is_plain_mixup_and_sam_each_with_and_without_sos(name):
             assert (config["sos_method"], config["sos_rank"], config["sos_guard"]) == ("rows", 3 * CIFAR[name], None)
         elif config["sos"]:
             ours = {k: v for k, v in config.items() if k.startswith("sos")}
-            assert ours == {k: v for k, v in SOSConfig.from_dict({"sos": True}).to_dict().items() if k in ours}
+            assert ours == {k: v for k, v in SOSConfig.from_dict(principal).to_dict().items() if k in ours}
 
 
 @pytest.mark.parametrize("name", VOC)

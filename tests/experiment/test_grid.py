@@ -296,7 +296,7 @@ def test_a_record_of_other_settings_is_refused_and_kept(experiment, trainings):
         (["little", "epochs=none"], "epochs"),
         (["litle"], "'litle' is not an experiment"),
         ([], "experiment takes one name"),
-        (["little", "little"], "experiment takes one name"),
+        (["little", "little"], "'little' is not a switch of experiment"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_runs(experiment, capsys, arguments, message):
