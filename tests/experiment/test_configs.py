@@ -92,6 +92,7 @@ def test_cifar_is_plain_mixup_and_sam_each_with_and_without_sos(name):
             assert (config["sos_method"], config["sos_rank"], config["sos_guard"]) == ("rows", 3 * CIFAR[name], None)
         elif config["sos"]:
             ours = {k: v for k, v in config.items() if k.startswith("sos")}
+            principal = {"sos": True, "sos_method": "principal", "sos_rank": 0.5, "sos_guard": 0.01}
             assert ours == {k: v for k, v in SOSConfig.from_dict(principal).to_dict().items() if k in ours}
 
 
