@@ -19,6 +19,7 @@ from yolo_sos.core import (
     SOLVERS,
     Engine,
     FinalLayer,
+    HeldOut,
     LayerReport,
     Method,
     ModelTask,
@@ -1067,13 +1068,11 @@ def test_the_strength_found_is_the_largest_that_the_guard_accepts(name, guard):
     shift = engine.find(Method(name), 5, heldout, guard)
     limit = heldout.before * (1 + guard)
     assert heldout.loss(shift.weights()) <= limit
-    accepted = {
-        s / 128: heldout.loss(engine.solve(Method(name).at(s / 128), 5).weights()) <= limit for s in range(1, 128)
-    }
+    accepted = {s / 64: heldout.loss(engine.solve(Method(name).at(s / 64), 5).weights()) <= limit for s in range(1, 64)}
     key = "budget" if name == "budget" else "rank"
     found = [s for s in accepted if getattr(Method(name).at(s), key) == getattr(shift.method, key)]
     assert not found or accepted[found[0]]  # else nothing is accepted but next to nothing
-    assert not accepted.get((found[0] if found else 0.0) + 1 / 128, False)  # and the next is too much
+    assert not accepted.get((found[0] if found else 0.0) + 1 / 64, False)  # and the next is too much
     step, before, after = engine.accept(shift, heldout, guard)
     assert (step, before) == (1.0, heldout.before)
     assert after <= limit
@@ -1101,3 +1100,18 @@ def test_draws_of_one_seed_share_a_sample():
     few, many = (engine.solve(m, 3) for m in methods)
     assert (few.rank, many.rank) == (2, 5)
     assert torch.equal(many.weights()["4"], alone.solve(methods[1], 3).weights()["4"])
+
+
+def test_a_loss_that_is_known_is_not_computed_again_but_only_on_the_images_that_it_is_of(monkeypatch):
+    model, layers = mlp(torch.float64)
+    engine = Engine(model, layers, ModelTask(), [(Method("expected"), 0)])
+    engine.fit(batches(40, dtype=torch.float64))
+    one, other = (engine.hold_out(batches(n, dtype=torch.float64)) for n in (40, 30))
+    shift = engine.find(Method("expected"), 0, one, 0.5)
+    losses = []
+    loss = HeldOut.loss
+    monkeypatch.setattr(HeldOut, "loss", lambda self, weights: losses.append(self) or loss(self, weights))
+    assert engine.accept(shift, one, 0.5)[2] == loss(one, shift.weights())
+    assert losses == []
+    assert engine.accept(shift, other, 9e9)[2] == loss(other, shift.weights())
+    assert losses == [other]
