@@ -1067,15 +1067,34 @@ def test_the_strength_found_is_the_largest_that_the_guard_accepts(name, guard):
     heldout = engine.hold_out([batch])
     shift = engine.find(Method(name), 5, heldout, guard)
     limit = heldout.before * (1 + guard)
-    assert heldout.loss(shift.weights()) <= limit
-    accepted = {s / 64: heldout.loss(engine.solve(Method(name).at(s / 64), 5).weights()) <= limit for s in range(1, 64)}
+    passes = {s: heldout.loss(engine.solve(Method(name).at(s / 64), 5).weights()) <= limit for s in range(1, 64)}
     key = "budget" if name == "budget" else "rank"
-    found = [s for s in accepted if getattr(Method(name).at(s), key) == getattr(shift.method, key)]
-    assert not found or accepted[found[0]]  # else nothing is accepted but next to nothing
-    assert not accepted.get((found[0] if found else 0.0) + 1 / 64, False)  # and the next is too much
+    found = next(s for s in passes if getattr(Method(name).at(s / 64), key) == getattr(shift.method, key))
+    assert not passes.get(found + 1, False)  # one more is too much
     step, before, after = engine.accept(shift, heldout, guard)
-    assert (step, before) == (1.0, heldout.before)
+    assert before == heldout.before
     assert after <= limit
+    if passes[found]:
+        assert step == 1.0
+    else:  # none passes: the weakest, shortened or refused
+        assert found == 1 and step < 1.0
+
+
+@pytest.mark.parametrize("name", ["expected", "principal", "budget", "rows"])
+def test_where_no_strength_passes_nothing_is_written(name):
+    model, layers, batch, *_ = drift()  # the reference is the model's own output: every shift raises the loss
+    before = bits(model)
+    task, method = DriftTask(0.0), Method(name)
+    task.layers = layers
+    engine = Engine(model, layers, task, [(method, 0)])
+    engine.fit([batch])
+    heldout = engine.hold_out([batch])
+    shift = engine.find(method, 0, heldout, 0.0)
+    step, loss_before, loss_after = engine.accept(shift, heldout, 0.0)
+    engine.write(shift, step)
+    report = engine.report(shift, step, loss_before, loss_after, 0.0)
+    assert (report.step, report.status, report.squared_norm_ratio) == (0.0, "guarded", 1.0)
+    assert bits(model) == before
 
 
 def test_without_a_guard_the_strength_is_the_default():

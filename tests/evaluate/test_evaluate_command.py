@@ -167,7 +167,7 @@ def test_refusals(capsys, tmp_path, tree, data, results):
         (["--detections", "a", "--annotations", "b", "--conf", "2"], "--conf: must be at least 0 and at most 1"),
         (["--detections", "a", "--annotations", "b", "--batch", "0"], "--batch: must be at least 1, not 0"),
         (["--detections", "a", "--iou", "much"], "argument --iou: invalid float value: 'much'"),
-        ([], "one of the arguments --weights --detections is required"),
+        ([], "eval needs --weights, checkpoints to run, or --detections"),
     ],
 )
 def test_options_are_checked(capsys, argv, message):
@@ -191,7 +191,9 @@ def test_options_as_keys(capsys, tmp_path, tree, results):
     ("options", "message"),
     [
         ({"iuo": 0.5}, "'iuo=0.5': eval has no such argument; it takes weights, detections, data, "),
-        ({"model": "a.pt"}, "^weights needs data, which says where the images are"),
+        ({}, "^eval needs model, checkpoints to run, or detections"),
+        ({"model": "a.pt"}, "^model needs data, which says where the images are"),
+        ({"weights": "a.pt"}, "^weights needs data"),
         ({"model": "a.pt", "data": "b", "nms_iou": 2}, "^nms_iou: must be at least 0 and at most 1, not 2"),
         ({"model": "a.pt", "data": "b", "max_det": "many"}, "^argument max_det: invalid int value: 'many'"),
         ({"model": "a.pt", "data": "b", "clip": "yes"}, "'clip=yes' is invalid: clip must be true or false"),

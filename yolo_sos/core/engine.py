@@ -238,13 +238,13 @@ class Engine:
     def find(self, method: Method, seed: int, heldout: HeldOut, guard: float | None) -> Shift:
         """Return the shift by a method, as strong as the guard accepts where no rank or budget is given.
 
-        Bisection on the method's strength, by the held-out loss of each shift. Without held-out images, or without a
-        guard, the strength is ``UNJUDGED``.
+        Bisection on the method's strength, by the held-out loss of each shift. Where none passes, the weakest is
+        returned, for ``accept`` to shorten or refuse. Without held-out images, or without a guard, the strength is
+        ``UNJUDGED``.
         """
         if not method.is_found or guard is None or not math.isfinite(heldout.before):
             return self.solve(method.at(None) if method.is_found else method, seed)
-        best = self.solve(method.at(0.0), seed)
-        low, high = 0.0, 1.0
+        best, low, high = None, 0.0, 1.0
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             shift = self.solve(method.at(middle), seed)
@@ -254,7 +254,7 @@ class Engine:
             else:
                 high = middle
             self.watch.lap("guard")
-        return best
+        return best or shift
 
     def accept(
         self, shift: Shift, heldout: HeldOut | None, guard: float | None, largest: float = 1.0

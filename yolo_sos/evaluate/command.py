@@ -69,7 +69,7 @@ def parser(command: str = COMMAND) -> argparse.ArgumentParser:
     """Return the parser of the command line, which declares all options, under the name that its help shows."""
     text, raw = (__doc__ or "").replace(COMMAND, command), argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog=command, description=text, formatter_class=raw)
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--weights", nargs="+", metavar="PT", help="checkpoints to run; patterns are expanded")
     source.add_argument("--detections", nargs="+", metavar="PATH", help="COCO results (.json) or devkit files (folder)")
     parser.add_argument("--data", metavar="YAML", help="data set: class names, images, ground truth")
@@ -105,6 +105,8 @@ def parse(argv: Sequence[str], command: str = COMMAND) -> argparse.Namespace:
         ValueError: If an option is wrong; names it.
     """
     args = parser(command).parse_args(argv)
+    if not (args.weights or args.detections):
+        raise ValueError("eval needs --weights, checkpoints to run, or --detections, files to read")
     if args.weights and not args.data:
         raise ValueError("--weights needs --data, which says where the images are")
     if args.detections and not (args.annotations or args.data):
@@ -172,7 +174,8 @@ def run(**options: Any) -> dict[str, Any]:
     try:
         args = parse(argv)
     except ValueError as e:
-        raise ValueError(re.sub(r"--([a-z][a-z-]+)", lambda m: m[1].replace("-", "_"), str(e))) from None
+        message = str(e).replace("--weights", "weights" if "weights" in options else "model")
+        raise ValueError(re.sub(r"--([a-z][a-z-]+)", lambda m: m[1].replace("-", "_"), message)) from None
     return evaluate(args, command)
 
 
@@ -244,8 +247,8 @@ def _show(
 
 def _model_notes(runs: Sequence[Scores], clip: bool) -> list[str]:
     """Say how boxes at the border were treated, and what Ultralytics' val reported."""
-    uncut = "Boxes may reach beyond the image's border, as in Ultralytics' val; --clip cuts them, as predict does."
-    cut = "Boxes are cut off at the image's border (--clip), as predict does; val evaluates them uncut."
+    uncut = "Boxes may reach beyond the image's border, as in Ultralytics' val; clip cuts them off, as predict does."
+    cut = "Boxes are cut off at the image's border (clip), as predict does; val evaluates them uncut."
     lines = [cut if clip else uncut]
     for run in runs:
         if own := run.details.get("ultralytics_val"):
