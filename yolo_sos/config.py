@@ -87,7 +87,7 @@ class SOSConfig:
         None,
         optional(checks.rank),
         "rows expected (expected) or drawn (rows), or rank kept (principal) in each layer; a float up to 1.0 is a "
-        "fraction of the layer's input size d; none: the least that the guard accepts, 0.5 without a guard",
+        "fraction of the layer's input size d; none: the least from 0.5 on that the guard accepts, 0.5 without a guard",
     )
     sos_weighting: str = _setting(
         "balanced",
@@ -98,7 +98,7 @@ class SOSConfig:
         None,
         optional(checks.budget),
         "for method budget: relative change of the outputs that is allowed, at least 0 and below 1; none: the largest "
-        "that the guard accepts, 0.01 without a guard",
+        "up to 0.1 that the guard accepts, 0.01 without a guard",
     )
     sos_solver: str = _setting(
         "svd", choice(*SOLVERS), "for method rows: svd, or gauss, the elimination of Algorithm 1"

@@ -1049,10 +1049,8 @@ def test_strengths_run_from_next_to_nothing_to_everything():
     ]
     assert not Method("principal", rank=0.5).is_found and not Method("budget", budget=0.01).is_found
     assert Method("budget", rank=3).is_found  # the rank of another method
-    assert [Method("expected").at(s).rank for s in (0.0, 0.25, 1.0)] == [1.0, 0.75, 1e-6]
-    assert Method("budget").at(0.0).budget == pytest.approx(1e-4)
-    assert Method("budget").at(0.5).budget == pytest.approx(1e-2)
-    assert Method("budget").at(1.0).budget == 0.999
+    assert [Method("expected").at(s).rank for s in (0.0, 0.5, 1.0)] == [1.0, 0.75, 0.5]
+    assert [Method("budget").at(s).budget for s in (0.0, 0.5, 1.0)] == pytest.approx([1e-4, 10**-2.5, 0.1])
     assert (Method("rows").at(None).rank, Method("budget").at(None).budget) == (0.5, 0.01)
     assert Method("full").at(0.3) == Method("full")
 
@@ -1067,9 +1065,9 @@ def test_the_strength_found_is_the_largest_that_the_guard_accepts(name, guard):
     heldout = engine.hold_out([batch])
     shift = engine.find(Method(name), 5, heldout, guard)
     limit = heldout.before * (1 + guard)
-    passes = {s: heldout.loss(engine.solve(Method(name).at(s / 64), 5).weights()) <= limit for s in range(1, 64)}
+    passes = {s: heldout.loss(engine.solve(Method(name).at(s / 32), 5).weights()) <= limit for s in range(1, 33)}
     key = "budget" if name == "budget" else "rank"
-    found = next(s for s in passes if getattr(Method(name).at(s / 64), key) == getattr(shift.method, key))
+    found = next(s for s in passes if getattr(Method(name).at(s / 32), key) == getattr(shift.method, key))
     assert not passes.get(found + 1, False)  # one more is too much
     step, before, after = engine.accept(shift, heldout, guard)
     assert before == heldout.before
