@@ -341,13 +341,16 @@ def last_of(model, *shape):
 
 
 class LoRA(nn.Module):
-    """As PEFT wraps a layer."""
+    """As PEFT wraps a layer, or with the layer run after its adapter."""
 
-    def __init__(self):
+    def __init__(self, base_last=False):
         super().__init__()
         self.base_layer, self.lora_A, self.lora_B = nn.Linear(5, 3), nn.Linear(5, 2), nn.Linear(2, 3)
+        self.base_last = base_last
 
     def forward(self, x):
+        if self.base_last:
+            return self.lora_B(self.lora_A(x)) + self.base_layer(x)
         return self.base_layer(x) + self.lora_B(self.lora_A(x))
 
 
@@ -355,6 +358,7 @@ class LoRA(nn.Module):
     ("model", "shape", "error", "message"),
     [
         (nn.Sequential(nn.Linear(5, 5), LoRA()), (2, 5), TypeError, r"'1\.lora_B', part of an adapter, .*layers='…'"),
+        (nn.Sequential(nn.Linear(5, 5), LoRA(True)), (2, 5), TypeError, r"'1\.base_layer', part of an adapter"),
         (nn.Sequential(nn.Linear(5, 5), nn.Conv1d(2, 3, 1)), (2, 5), TypeError, r"'1', a torch\.nn.*Conv1d"),
         (nn.Sequential(nn.Linear(5, 5), nn.Conv2d(2, 3, 3)), (2, 2, 5, 5), ValueError, r"^1 has kernel_size=\(3, 3\)"),
         (nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)), (2, 5), TypeError, r"'1', a torch\.nn.*BatchNorm1d"),
@@ -362,7 +366,7 @@ class LoRA(nn.Module):
         (nn.Sequential(nn.Linear(5, 5), nn.utils.parametrizations.weight_norm(nn.Linear(5, 3, bias=False))), (2, 5),
          ValueError, "^1 computes its weight from other parameters"),
     ],
-    ids=["adapter", "Conv1d", "3×3", "norm", "nothing", "weight norm"],
+    ids=["adapter", "adapter first", "Conv1d", "3×3", "norm", "nothing", "weight norm"],
 )  # fmt: skip
 def test_what_runs_last_and_cannot_be_shifted_is_named(model, shape, error, message):
     with pytest.raises(error, match=message):

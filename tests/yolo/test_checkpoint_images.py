@@ -6,6 +6,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -123,10 +125,10 @@ def test_unreadable_images_are_named(checkpoint, dataset):
     data = dataset()
     files = sorted((data.parent / "images/train").glob("*.jpg"))
     garble(files[3])
-    with pytest.raises(ValueError, match=rf"{files[3].name}: not a readable image"):
+    with pytest.raises(ValueError, match=rf"'train': .* leave 1 of 24 .*{files[3].name}: not a readable image"):
         opened(checkpoint, data)
     garble(files[5])
-    with pytest.raises(ValueError, match=r"train_0000.\.jpg and 1 more: not a readable image"):
+    with pytest.raises(ValueError, match=r"leave 2 of 24 images out .*train_0000.\.jpg: not a readable image"):
         opened(checkpoint, data)  # found again, though Ultralytics has cached that it skips them
 
 
@@ -146,10 +148,22 @@ def test_nothing_but_unreadable_images(checkpoint, dataset):
         opened(checkpoint, data)
 
 
-def test_an_image_that_is_skipped_for_its_labels_is_no_error(checkpoint, dataset):
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_images_that_are_cut_short_too_small_or_wrongly_labelled_are_named(checkpoint, dataset, split):
     data = dataset()
-    next((data.parent / "labels/train").glob("*.txt")).write_text("0 7 7 7 7\n")
-    assert len(opened(checkpoint, data).dataset) == 23
+    one, two, three = sorted((data.parent / "images" / split).glob("*.jpg"))[:3]
+    whole = {file: file.read_bytes() for file in (one, two)}
+    one.write_bytes(whole[one][: len(whole[one]) // 2])
+    with pytest.raises(ValueError, match=rf"'{split}': .* leave 1 of .*{one.name}: not a readable image: image "):
+        opened(checkpoint, data)
+    one.write_bytes(whole[one])
+    two.write_bytes(cv2.imencode(".jpg", np.zeros((9, 64, 3), np.uint8))[1].tobytes())
+    with pytest.raises(ValueError, match=rf"{two.name}: of 64 x 9 pixels, where Ultralytics takes 10 x 10"):
+        opened(checkpoint, data)
+    two.write_bytes(whole[two])
+    (data.parent / "labels" / split / f"{three.stem}.txt").write_text("0 7 7 7 7\n")
+    with pytest.raises(ValueError, match=rf"{three.name}: its format or its labels are not valid"):
+        opened(checkpoint, data)
 
 
 @pytest.mark.parametrize(

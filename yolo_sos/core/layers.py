@@ -173,7 +173,8 @@ def last_layer(model: nn.Module, run: Callable[[], Any]) -> FinalLayer:
         raise TypeError(f"{type(model).__name__} runs no module with weights: there is no layer to shift.")
     name = order[-1]
     module = model.get_submodule(name)
-    adapter = any(part.startswith("lora_") for part in name.split("."))
+    parent = model.get_submodule(name.rpartition(".")[0])  # an adapter's parts run in any order
+    adapter = any(part.startswith("lora_") for part in (*name.split("."), *parent._modules, *parent._parameters))
     if adapter or not isinstance(module, (nn.Linear, nn.Conv2d)):
         what = "part of an adapter" if adapter else f"a {type(module).__module__}.{type(module).__name__}"
         raise TypeError(

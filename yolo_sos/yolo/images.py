@@ -15,10 +15,11 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from ultralytics.data.utils import check_class_names, check_cls_dataset, check_det_dataset, check_image
+from ultralytics.data.utils import check_class_names, check_cls_dataset, check_det_dataset
 from ultralytics.utils import LOGGER, NUM_THREADS
 
 from yolo_sos.builtin import resolve_data
+from yolo_sos.data.images import check_complete
 from yolo_sos.yolo.checkpoint import Checkpoint
 
 HELD_OUT = 32  # images at most: the inputs of their final layers stay in memory, 6 to 25 MB each at 640 pixels
@@ -254,7 +255,7 @@ class CheckpointData:
         return self._data
 
     def _open(self, split: str) -> Any:
-        """Return a split as Ultralytics reads it; unreadable images, which it would skip, are an error."""
+        """Return a split as Ultralytics reads it; images that it leaves out are an error."""
         path = self._data.get(split)
         if not path:
             raise FileNotFoundError(f"{self.args['data']} has no '{split}' split.")
@@ -263,21 +264,10 @@ class CheckpointData:
         except RuntimeError as e:  # how Ultralytics says that no image is left
             raise ValueError(str(e)) from e
         if hasattr(dataset, "samples"):  # a classification data set
-            listed, kept = [s[0] for s in dataset.base.samples], {s[0] for s in dataset.samples}
+            listed, kept = [s[0] for s in dataset.base.samples], [s[0] for s in dataset.samples]
         else:
-            listed, kept = dataset.get_img_files(dataset.img_path), set(dataset.im_files)
+            listed, kept = dataset.get_img_files(dataset.img_path), dataset.im_files
         if not listed:
             raise FileNotFoundError(f"{path}: no images.")
-        unreadable = [file for file in listed if file not in kept and not _is_readable(file)]
-        if unreadable:
-            more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
-            raise ValueError(f"{unreadable[0]}{more}: not a readable image. Repair or remove it.")
+        check_complete(listed, kept, f"{self.args['data']}, split '{split}'")
         return dataset
-
-
-def _is_readable(file: str) -> bool:
-    try:
-        check_image(file)
-    except Exception:  # whatever PIL raises for a broken file
-        return False
-    return True
