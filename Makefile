@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all test-oldest fuzz lint install clean
+.PHONY: demo test test-slow test-all test-oldest fuzz lint install clean
 
 install: $(VENV)/.installed
 
@@ -18,9 +18,12 @@ $(VENV)/.installed: pyproject.toml
 demo: install
 	$(BIN)/python tools/demo.py
 
-# What a change is tested with; `make test-all` also runs the slow tests.
+# What a change is tested with; `make test-slow` runs what it leaves out, `make test-all` both.
 test: install
 	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
 
 test-all: install
 	$(BIN)/python -m pytest
