@@ -55,11 +55,6 @@ def configure_ultralytics(home: Path, **settings) -> Path:
 configure_ultralytics(HOME)
 
 
-def pytest_configure(config):
-    """Declare the mark of long tests."""
-    config.addinivalue_line("markers", "slow: takes long; make test leaves it out, make test-all runs it")
-
-
 def pytest_unconfigure():
     """Leave nothing behind."""
     shutil.rmtree(HOME, ignore_errors=True)
