@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, ClassVar
 
-from ultralytics.utils import TQDM, colorstr
+from ultralytics.utils import TQDM
 from ultralytics.utils.torch_utils import select_device
 
 from yolo_sos.config import SHIFT_SETTINGS, SOSConfig
@@ -20,7 +20,6 @@ from yolo_sos.yolo.images import CheckpointData, split_sizes
 from yolo_sos.yolo.score import score
 
 IMAGES = 512  # to fit on by default: several of each class in most data sets
-PREFIX = colorstr("SOS: ")
 
 
 def shift_settings(settings: dict[str, Any]) -> tuple[SOSConfig, int | None]:

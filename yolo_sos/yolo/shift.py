@@ -27,8 +27,9 @@ from yolo_sos.core import (
 )
 from yolo_sos.files import atomic_path, write_text
 from yolo_sos.yolo.heads import YoloTask
-from yolo_sos.yolo.job import PREFIX, CheckpointJob, deviations, heldout_moments
+from yolo_sos.yolo.job import CheckpointJob, deviations, heldout_moments
 from yolo_sos.yolo.shift_report import CheckpointLayer, CheckpointReport
+from yolo_sos.yolo.training import PREFIX
 
 
 class CheckpointShift(CheckpointJob):

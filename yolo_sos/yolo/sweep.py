@@ -17,8 +17,9 @@ from ultralytics.utils import LOGGER, TQDM, plt_settings
 
 from yolo_sos.core import OK, Method, Shift
 from yolo_sos.files import atomic_path, write_text
-from yolo_sos.yolo.job import PREFIX, CheckpointJob, deviations, heldout_moments
+from yolo_sos.yolo.job import CheckpointJob, deviations, heldout_moments
 from yolo_sos.yolo.score import headline
+from yolo_sos.yolo.training import PREFIX
 
 RANKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)  # fractions of d
 BUDGETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
