@@ -57,7 +57,7 @@ from yolo_sos.files import write_text
 from yolo_sos.markdown import markdown_table, mean_std
 from yolo_sos.versions import versions
 from yolo_sos.yolo.heads import YoloTask, head_of
-from yolo_sos.yolo.job import CheckpointJob, deviations, heldout_moments
+from yolo_sos.yolo.job import ShiftJob, deviations, heldout_moments
 from yolo_sos.yolo.score import headline
 
 BALANCED = Method()  # its weighting is the one that shifts use by default
@@ -100,7 +100,7 @@ def balanced_moments(model: nn.Module, task: YoloTask, batches: Iterable[Any]) -
     return {layer.name: engine.moments(layer, BALANCED).matrix[None] for layer in task.layers}
 
 
-def loss_moments(job: CheckpointJob, seed: int) -> dict[str, SecondMoments]:
+def loss_moments(job: ShiftJob, seed: int) -> dict[str, SecondMoments]:
     """Return second moments weighted by the loss's ``slope`` and by its ``curvature``, one for each output."""
     found: dict[str, SecondMoments] = {"slope": {}, "curvature": {}}
     seeds = itertools.count(seed)  # one per batch
@@ -289,7 +289,7 @@ def size_in(weights: Weights, metric: dict[str, Tensor]) -> float:
     return sum(float((v @ metric[name] * v).sum()) for name, v in weights.items())
 
 
-def subject_of(name: str, job: CheckpointJob, weights: Weights) -> Subject:
+def subject_of(name: str, job: ShiftJob, weights: Weights) -> Subject:
     """Return a copy of the model with other weights."""
     model = deepcopy(job.model)
     head_of(model).shape = None  # a validation leaves anchor points that cannot take part in a graph
@@ -300,7 +300,7 @@ def subject_of(name: str, job: CheckpointJob, weights: Weights) -> Subject:
     return Subject(name, model, task, task.layers)
 
 
-def one_batch(job: CheckpointJob, which: str, images: int) -> Any:
+def one_batch(job: ShiftJob, which: str, images: int) -> Any:
     """Return the first images of ``fit`` or ``heldout`` as one batch."""
     return next(job.images.batches(which, images, images))
 
@@ -311,7 +311,7 @@ def start(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 
     ``overlap`` of two leading subspaces of half of the dimensions is ``tr(P Q) / r``: 1 for the same, ½ by chance.
     """
-    job = CheckpointJob(args.weights, args.data, images=32, imgsz=args.imgsz, batch=args.batch, seed=seed, val=False)
+    job = ShiftJob(args.weights, args.data, images=32, imgsz=args.imgsz, batch=args.batch, seed=seed, val=False)
     torch.manual_seed(seed)
     model = DetectionModel(job.model.yaml, nc=len(job.model.names), verbose=False)
     model.load(YOLO(args.pretrained).model, verbose=False)
@@ -352,9 +352,7 @@ def overlap(a: SecondMoments, b: SecondMoments) -> dict[str, float]:
 # The study ------------------------------------------------------------------------------------------------------------
 def study(args: argparse.Namespace, seed: int, curved: bool) -> dict[str, Any]:
     """Return the records of one choice of images; with the second question if ``curved``."""
-    job = CheckpointJob(
-        args.weights, args.data, images=args.fit or "all", imgsz=args.imgsz, batch=args.batch, seed=seed
-    )
+    job = ShiftJob(args.weights, args.data, images=args.fit or "all", imgsz=args.imgsz, batch=args.batch, seed=seed)
     heldout = Engine(job.model, job.layers, job.task).hold_out(job.images.batches("heldout"))
     before = {layer.name: as_float64(weight_matrix(layer.module)) for layer in job.layers}
     balanced = balanced_moments(job.model, job.task, job.images.batches("fit"))
@@ -426,7 +424,7 @@ def spread_of(matrix: Tensor) -> float:
 
 
 def measured_curvature(
-    args: argparse.Namespace, job: CheckpointJob, points: dict[tuple[str, str, float], Weights], seed: int
+    args: argparse.Namespace, job: ShiftJob, points: dict[tuple[str, str, float], Weights], seed: int
 ) -> list[dict[str, Any]]:
     """Return traces before the final layers, and their paired changes, on held-out images."""
     chosen = {key: weights for key, weights in points.items() if key[2] in CURVED and key[:2] in MEASURED}

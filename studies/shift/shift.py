@@ -32,7 +32,7 @@ from yolo_sos.core import WEIGHTINGS
 from yolo_sos.files import write_text
 from yolo_sos.markdown import markdown_table, mean_std
 from yolo_sos.yolo.images import CheckpointData
-from yolo_sos.yolo.job import CheckpointJob
+from yolo_sos.yolo.job import ShiftJob
 from yolo_sos.yolo.score import headline
 from yolo_sos.yolo.sweep import Point, cost, trace, trials_of
 
@@ -40,14 +40,14 @@ RANKS = (0.125, 0.25, 0.375, 0.5, 0.75)  # fractions of d; at 1.0 every method b
 SPLITS = ("val", "test")
 
 
-def prepare(model: str, data: str, images: int | None, seed: int) -> CheckpointJob:
+def prepare(model: str, data: str, images: int | None, seed: int) -> ShiftJob:
     """Return the work on one checkpoint, checked; what is missing is said before the first image is read."""
-    job = CheckpointJob(model, data, images=images or "all", seed=seed)
+    job = ShiftJob(model, data, images=images or "all", seed=seed)
     CheckpointData(job.checkpoint, data, imgsz=None, batch=None, device=job.device, splits=SPLITS)
     return job
 
 
-def study(job: CheckpointJob, draws: int) -> tuple[list[Point], str]:
+def study(job: ShiftJob, draws: int) -> tuple[list[Point], str]:
     """Return the points of one checkpoint, the baseline first, and a line on what they were made from."""
     points, seconds = trace(job, trials_of(WEIGHTINGS, ranks=RANKS, draws=draws, seed=job.seed), SPLITS)
     sizes = {name: len(images) for name, images in job.images.sets.items()}

@@ -17,7 +17,7 @@ from pathlib import Path
 from yolo_sos.core import Method
 from yolo_sos.files import write_text
 from yolo_sos.versions import git_commit, versions
-from yolo_sos.yolo.job import CheckpointJob
+from yolo_sos.yolo.job import ShiftJob
 from yolo_sos.yolo.score import headline
 
 METHODS = ("expected", "budget", "principal")
@@ -34,9 +34,7 @@ def main() -> None:
     parser.add_argument("--imgsz", type=int)
     parser.add_argument("--images", type=int, default=512, help="training images to fit on")
     options = parser.parse_args()
-    job = CheckpointJob(
-        options.weights, options.data, imgsz=options.imgsz, images=options.images, device="cpu", val=False
-    )
+    job = ShiftJob(options.weights, options.data, imgsz=options.imgsz, images=options.images, device="cpu", val=False)
     trials = [(Method(name), 0) for name in METHODS]
     engine = job.fitted(trials)
     heldout = engine.hold_out(job.images.batches("heldout"))

@@ -135,10 +135,10 @@ def parameters(function):
 
 
 def test_shift_declares_what_a_checkpoint_job_takes():
-    from yolo_sos.yolo.job import IMAGES, CheckpointJob
+    from yolo_sos.yolo.job import IMAGES, ShiftJob
 
     settings = {key: SCHEMA[f"sos_{key}"].default for key in SHIFT_SETTINGS}
-    assert declared("shift") == {**parameters(CheckpointJob), **settings, "images": IMAGES, "sweep": False}
+    assert declared("shift") == {**parameters(ShiftJob), **settings, "images": IMAGES, "sweep": False}
     assert set(MODES["shift"].also) == {f"sos_{key}" for key in SHIFT_SETTINGS}
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from yolo_sos.core import FinalLayer, InputCapture, input_rows, last_layer, select_layers, weight_matrix
-from yolo_sos.core.layers import check_linear, output_rows, write_weight
+from yolo_sos.core.layers import affine_matrix, check_linear, layer_output, output_rows, write_weight
 
 # name: layer, shape of its input, rows of its input matrix
 LAYERS = {
@@ -388,3 +388,17 @@ def test_hooks_are_gone_where_the_model_fails():
     with pytest.raises(RuntimeError):
         last_of(model, 2, 7)()
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("module", [nn.Linear(3, 2), nn.Conv2d(3, 2, 1), nn.Linear(3, 2, bias=False)])
+def test_an_affine_matrix_writes_weight_and_bias(module):
+    """``[V b]`` is written, and gives outputs, as V and b would; without a bias it is V."""
+    x = torch.randn(4, 3) if isinstance(module, nn.Linear) else torch.randn(4, 3, 1, 1)
+    other = type(module)(3, 2, 1) if isinstance(module, nn.Conv2d) else nn.Linear(3, 2, bias=module.bias is not None)
+    matrix = affine_matrix(other)
+    assert matrix.shape == (2, 3 if module.bias is None else 4)
+    before = affine_matrix(module)
+    torch.testing.assert_close(layer_output(FinalLayer("layer", module), matrix, x), other(x))
+    assert torch.equal(affine_matrix(module), before)
+    write_weight(module, matrix)
+    assert torch.equal(module(x), other(x))

@@ -10,7 +10,7 @@ import pytest
 from yolo_sos import cli
 from yolo_sos.cli import shift
 from yolo_sos.config import SHIFT_SETTINGS
-from yolo_sos.yolo.job import CheckpointJob
+from yolo_sos.yolo.job import ShiftJob
 
 
 def run(*args):
@@ -76,14 +76,14 @@ def test_an_image_that_breaks_on_the_way_exits_with_2(weights, seen, contents, c
     def broken(*_):
         raise FileNotFoundError("Image Not Found 7.jpg")
 
-    monkeypatch.setattr("yolo_sos.yolo.job.CheckpointJob.fitted", broken)
+    monkeypatch.setattr("yolo_sos.yolo.job.ShiftJob.fitted", broken)
     assert run("shift", f"model={path}", f"data={seen}") == 2
     assert "Image Not Found 7.jpg" in capsys.readouterr().err
     assert contents(path.parent) == before
 
 
 def test_the_keys_are_those_of_the_job():
-    options = set(CheckpointJob.__init__.__annotations__) - {"return", "settings"}
+    options = set(ShiftJob.__init__.__annotations__) - {"return", "settings"}
     assert {argument.name for argument in shift.OWN} == options | set(SHIFT_SETTINGS) | {"sweep"}
     assert set(shift.MODE.also) == {f"sos_{name}" for name in SHIFT_SETTINGS}
 

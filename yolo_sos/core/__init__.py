@@ -8,6 +8,7 @@ _MODULES = {  # public name → module; imported when first asked for: reading s
     "check_linear": "yolo_sos.core.layers",
     "input_rows": "yolo_sos.core.layers",
     "weight_matrix": "yolo_sos.core.layers",
+    "affine_matrix": "yolo_sos.core.layers",
     "output_rows": "yolo_sos.core.layers",
     "write_weight": "yolo_sos.core.layers",
     "select_layers": "yolo_sos.core.layers",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from yolo_sos.core.capture import InputCapture, evaluation
 from yolo_sos.core.layers import (
     FinalLayer,
+    affine_matrix,
     check_unshared,
     layer_output,
     weight_matrix,
@@ -387,7 +388,7 @@ class HeldOut:
         return (inputs for _, _, inputs in self._batches if inputs is not None)
 
     def loss(self, weights: dict[str, Tensor]) -> float:
-        """Return the mean loss per image with ``weights`` (layer name → ``(out, d)``); other layers keep theirs."""
+        """Return the mean loss per image with ``weights``, as ``write_weight`` takes them; other layers keep theirs."""
         with evaluation(self.model):
             total = sum(self.task.size(batch) * self._loss(weights, batch, *rest) for batch, *rest in self._batches)
         return total / self.images if self.images else math.nan
@@ -403,9 +404,9 @@ class HeldOut:
 def layer_outputs(
     layers: Sequence[FinalLayer], weights: dict[str, Tensor], inputs: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return what the layers make of their ``inputs`` with ``weights`` (layer name → ``(out, d)``); others keep theirs.
+    """Return what the layers make of their ``inputs`` with ``weights``, as ``write_weight`` takes them, by layer name.
 
-    The layers themselves stay as they are.
+    Layers without a weight there keep theirs; the layers themselves stay as they are.
     """
     return {
         layer.name: layer_output(layer, weights.get(layer.name, weight_matrix(layer.module)), inputs[layer.name])
@@ -415,8 +416,8 @@ def layer_outputs(
 
 @contextmanager
 def temporary_weights(layers: Sequence[FinalLayer], weights: dict[str, Tensor]) -> Iterator[None]:
-    """Write weights (layer name → ``(out, d)``), and restore the layers' own, bit for bit, on leaving."""
-    before = [(layer, weight_matrix(layer.module).clone()) for layer in layers if layer.name in weights]
+    """Write weights by layer name, as ``write_weight`` takes them; restore the layers' own, bit for bit, on leaving."""
+    before = [(layer, affine_matrix(layer.module)) for layer in layers if layer.name in weights]
     try:
         for layer, _ in before:
             write_weight(layer.module, weights[layer.name])

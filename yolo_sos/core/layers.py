@@ -217,14 +217,33 @@ def output_rows(module: nn.Module, rows: Tensor) -> Tensor:
     return torch.nn.functional.linear(rows.to(weight.dtype), weight, None if bias is None else bias.detach())  # type: ignore[operator]
 
 
+def affine_matrix(module: nn.Module) -> Tensor:
+    """Return ``[V b]`` as ``(out, d + 1)``, a copy; V alone, ``(out, d)``, where the layer has no bias."""
+    weight, bias = weight_matrix(module), module.bias
+    return weight.clone() if bias is None else torch.cat([weight, bias.detach()[:, None]], 1)  # type: ignore[operator, index]
+
+
+def _parameters(module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+    """Return a layer's parameters by name, from V ``(out, d)`` alone, or from ``[V b]`` ``(out, d + 1)``."""
+    d = weight_matrix(module).shape[1]
+    parameters = {"weight": weight[:, :d].reshape(module.weight.shape)}  # type: ignore[arg-type, operator, union-attr]
+    return parameters if weight.shape[1] == d else {**parameters, "bias": weight[:, d]}
+
+
 def layer_output(layer: FinalLayer, weight: Tensor, x: Tensor) -> Tensor:
-    """Return what a layer makes of its input ``x`` with another ``weight`` ``(out, d)``; the layer stays as it is."""
-    parameters = {"weight": weight.view_as(layer.module.weight)}  # type: ignore[arg-type]
+    """Return what a layer makes of its input ``x`` with another weight; the layer stays as it is.
+
+    Args:
+        layer (FinalLayer): The layer.
+        weight (Tensor): V ``(out, d)``, or ``[V b]`` ``(out, d + 1)`` for another bias, too.
+        x (Tensor): Its input.
+    """
     x = x.to(weight.dtype)  # a model that ran under autocast captures less than float32
-    return torch.func.functional_call(layer.module, parameters, x)
+    return torch.func.functional_call(layer.module, _parameters(layer.module, weight), x)
 
 
 def write_weight(module: nn.Module, weight: Tensor) -> None:
-    """Copy ``weight`` ``(out, d)`` into the layer, in place: optimizers, EMA and DDP keep their references."""
+    """Copy V ``(out, d)``, or ``[V b]`` ``(out, d + 1)``, into a layer in place: optimizers keep their tensors."""
     with torch.no_grad():
-        module.weight.copy_(weight.view_as(module.weight))  # type: ignore[operator, union-attr]
+        for name, value in _parameters(module, weight).items():
+            getattr(module, name).copy_(value)

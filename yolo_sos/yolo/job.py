@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, ClassVar
@@ -77,20 +77,83 @@ def check_free(paths: Sequence[Path], exist_ok: bool) -> None:
 class CheckpointJob:
     """Work on a checkpoint, checked and ready to ``run``: errors are raised before the first image is read.
 
+    Args:
+        model (str | Path): A checkpoint of Ultralytics.
+        data (str | Path, optional): The data set as Ultralytics names it. None: that of the training.
+        kinds (Sequence[str]): Kinds of the final layers to work on.
+        sizes (Callable): Number of training images → set → number of its images, see ``split_sizes``.
+        imgsz (int, optional): Image size. None: that of the training.
+        batch (int, optional): Images at a time. None: that of the training.
+        device (str | int, optional): As Ultralytics names it. None: what it picks.
+        seed (int): Chooses the images.
+        val (bool): Whether to score the val split.
+        exist_ok (bool): Whether results that exist may be replaced.
+
     Attributes:
-        config (SOSConfig): The settings.
-        draws (int): Drawings of rows.
-        seed (int): Chooses the images and the first drawing.
         splits (tuple[str, ...]): Splits to score.
         checkpoint (Checkpoint): The checkpoint.
         data (CheckpointData): Its data.
-        images (ImageSample): The images, in sets ``fit``, ``heldout`` and, to choose between drawings, ``selection``.
-        layers (list[FinalLayer]): The layers that are shifted.
+        images (ImageSample): The images, in disjoint sets.
+        layers (list[FinalLayer]): The layers to work on.
         outputs (list[Path]): The files to write, beside the checkpoint.
     """
 
-    draws = 1
     names: ClassVar[tuple[str, ...]] = ()  # of the files to write; {} is the checkpoint's
+
+    def __init__(
+        self,
+        model: str | Path,
+        data: str | Path | None = None,
+        *,
+        kinds: Sequence[str],
+        sizes: Callable[[int], dict[str, int]],
+        imgsz: int | None = None,
+        batch: int | None = None,
+        device: str | int | None = None,
+        seed: int = 0,
+        val: bool = True,
+        exist_ok: bool = False,
+    ):
+        """Check the options, the checkpoint, its folder and the data, in this order."""
+        for name, count, least in (("imgsz", imgsz, 32), ("batch", batch, 1), ("seed", seed, 0)):
+            check_integer(name, count, least)
+        self.seed = seed
+        self.splits = ("val",) if boolean("val", val) else ()
+        self.checkpoint = Checkpoint(model)
+        self.outputs = [self.checkpoint.path.with_name(name.format(self.checkpoint.path.stem)) for name in self.names]
+        check_free(self.outputs, boolean("exist_ok", exist_ok))
+        self.layers = layers_of_kinds(self.checkpoint.layers, kinds)
+        self.device = select_device("" if device is None else device, verbose=False)
+        self.data = CheckpointData(
+            self.checkpoint, data, imgsz=imgsz, batch=batch, device=self.device, splits=self.splits
+        )
+        self.images = self.data.sample(sizes(len(self.data.dataset)), seed)
+        self.model = self.checkpoint.model.to(self.device)
+        self.task = YoloTask(self.model)
+
+    def run(self) -> Any:
+        """Do the work and write its results."""
+        raise NotImplementedError
+
+    def score(self, weights: Sequence[dict[str, Any]], split: str) -> tuple[list[dict[str, float]], dict[str, float]]:
+        """Return Ultralytics' metrics on a split, of the model as it is and with each set of weights, and the time.
+
+        Weights are rounded to half precision first, as a checkpoint holds them.
+        """
+        args = {**self.data.args, "split": split, "rect": True}  # rect as 'yolo val' has it
+        rounded = [{name: w.half().to(w.dtype) for name, w in one.items()} for one in weights]
+        return score(self.checkpoint.validator, args, self.model, rounded)
+
+
+class ShiftJob(CheckpointJob):
+    """A job that shifts: its images are in sets ``fit``, ``heldout`` and, to choose between draws, ``selection``.
+
+    Attributes:
+        config (SOSConfig): The settings.
+        draws (int): Drawings of rows, the first by ``seed``.
+    """
+
+    draws = 1
 
     def __init__(
         self,
@@ -106,29 +169,23 @@ class CheckpointJob:
         exist_ok: bool = False,
         **settings: Any,
     ):
-        """Check the options, the checkpoint, its folder and the data, in this order."""
+        """Check the settings of the shift, then everything else as ``CheckpointJob``."""
         self.config, images = shift_settings(settings)
-        for name, count, least in (("draws", draws, 1), ("imgsz", imgsz, 32), ("batch", batch, 1), ("seed", seed, 0)):
-            check_integer(name, count, least)
-        self.draws, self.seed = draws or self.draws, seed
-        self.splits = ("val",) if boolean("val", val) else ()
-        self.checkpoint = Checkpoint(model)
-        self.outputs = [self.checkpoint.path.with_name(name.format(self.checkpoint.path.stem)) for name in self.names]
-        check_free(self.outputs, boolean("exist_ok", exist_ok))
-        self.layers = layers_of_kinds(self.checkpoint.layers, self.config.kinds)
-        self.device = select_device("" if device is None else device, verbose=False)
-        self.data = CheckpointData(
-            self.checkpoint, data, imgsz=imgsz, batch=batch, device=self.device, splits=self.splits
-        )
+        check_integer("draws", draws, 1)
+        self.draws = draws or self.draws
         several = self.config.sos_method == "rows" and self.draws > 1
-        sizes = split_sizes(len(self.data.dataset), images, selection=several)
-        self.images = self.data.sample(sizes, seed)
-        self.model = self.checkpoint.model.to(self.device)
-        self.task = YoloTask(self.model)
-
-    def run(self) -> Any:
-        """Do the work and write its results."""
-        raise NotImplementedError
+        super().__init__(
+            model,
+            data,
+            kinds=self.config.kinds,
+            sizes=lambda available: split_sizes(available, images, selection=several),
+            imgsz=imgsz,
+            batch=batch,
+            device=device,
+            seed=seed,
+            val=val,
+            exist_ok=exist_ok,
+        )
 
     def fitted(self, trials: Sequence[tuple[Method, int]]) -> Engine:
         """Return an engine that has seen the images to fit on, each once."""
@@ -142,15 +199,6 @@ class CheckpointJob:
 
             engine.fit(counted())
         return engine
-
-    def score(self, weights: Sequence[dict[str, Any]], split: str) -> tuple[list[dict[str, float]], dict[str, float]]:
-        """Return Ultralytics' metrics on a split, of the model as it is and with each set of weights, and the time.
-
-        Weights are rounded to half precision first, as a checkpoint holds them.
-        """
-        args = {**self.data.args, "split": split, "rect": True}  # rect as 'yolo val' has it
-        rounded = [{name: w.half().to(w.dtype) for name, w in one.items()} for one in weights]
-        return score(self.checkpoint.validator, args, self.model, rounded)
 
 
 def heldout_moments(layers: Sequence[FinalLayer], heldout: HeldOut) -> dict[str, Moments]:

@@ -27,12 +27,12 @@ from yolo_sos.core import (
 )
 from yolo_sos.files import atomic_path, write_text
 from yolo_sos.yolo.heads import YoloTask
-from yolo_sos.yolo.job import CheckpointJob, deviations, heldout_moments
+from yolo_sos.yolo.job import ShiftJob, deviations, heldout_moments
 from yolo_sos.yolo.shift_report import CheckpointLayer, CheckpointReport
 from yolo_sos.yolo.training import PREFIX
 
 
-class CheckpointShift(CheckpointJob):
+class CheckpointShift(ShiftJob):
     """A shift of a checkpoint, checked and ready to ``run``. See ``shift_checkpoint``."""
 
     draws = 10

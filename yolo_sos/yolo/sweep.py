@@ -17,7 +17,7 @@ from ultralytics.utils import LOGGER, TQDM, plt_settings
 
 from yolo_sos.core import OK, Method, Shift
 from yolo_sos.files import atomic_path, write_text
-from yolo_sos.yolo.job import CheckpointJob, deviations, heldout_moments
+from yolo_sos.yolo.job import ShiftJob, deviations, heldout_moments
 from yolo_sos.yolo.score import headline
 from yolo_sos.yolo.training import PREFIX
 
@@ -74,7 +74,7 @@ def trials_of(
 
 
 def trace(
-    job: CheckpointJob, trials: Sequence[tuple[Method, int]], splits: Sequence[str]
+    job: ShiftJob, trials: Sequence[tuple[Method, int]], splits: Sequence[str]
 ) -> tuple[list[Point], dict[str, float]]:
     """Return the points of ``trials`` at full steps, the baseline first, and the seconds that each part took.
 
@@ -179,7 +179,7 @@ def _mean(points: Sequence[Point], value: Callable[[Point], float]) -> float:
     return sum(map(value, points)) / len(points)
 
 
-class CheckpointSweep(CheckpointJob):
+class CheckpointSweep(ShiftJob):
     """A sweep over a checkpoint, checked and ready to ``run``. See ``sweep_checkpoint``."""
 
     draws = 3
