@@ -16,6 +16,7 @@ DECADES = 8.0  # the path of ridges goes this far below its start; it ends where
 STEP = 0.5  # decades from one ridge of the path to the next: the loss changes by about 1 % over one near its least
 TOLERANCE = 1e-5  # of the gap of a solution
 ROUGH = 3e-4  # the same along the path, where ridges are only compared
+BIAS_RIDGE = 0.1  # of the bias, too weak to matter beside a few rows: a class that no row shows keeps a finite one
 MEMORY = 10  # pairs of steps and gradients that L-BFGS keeps
 ITERATIONS = 500
 
@@ -47,7 +48,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Solution:
-    """The weight that minimises ``Σ w·loss + ½ρ‖V − V₀‖²``.
+    """The weight that minimises ``Σ w·loss + ½ρ‖V − V₀‖²``, see ``RidgeProblem``.
 
     Attributes:
         weight (Tensor): ``[V b]``, ``(C, d + 1)``, or V, ``(C, d)``, in float64.
@@ -88,8 +89,9 @@ class Path:
 class RidgeProblem:
     """Ridge-regularised maximum likelihood of a linear layer, for all of its classes at once.
 
-    The objective is ``Σᵢ wᵢ ℓ(V aᵢ + b, yᵢ) + ½ρ‖V − V₀‖²`` with the binary cross-entropy, summed over classes, or the
-    cross-entropy of the softmax as ℓ. It is convex. The bias is free, as intercepts are in generalised linear models.
+    The objective is ``Σᵢ wᵢ ℓ(V aᵢ + b, yᵢ) + ½ρ‖V − V₀‖² + ½β‖b − b₀‖²`` with the binary cross-entropy, summed over
+    classes, or the cross-entropy of the softmax as ℓ. It is strictly convex. β = ``BIAS_RIDGE`` leaves the bias nearly
+    free: on COCO → VOC07 the loss on other images is 1 % less than with the ridge on the bias, too.
 
     It is minimised by L-BFGS (Nocedal & Wright, *Numerical Optimization*, Algorithm 7.4) with the inverse of
     ``H = Aᵀ diag(w h) A + ρ`` as the initial inverse Hessian of every class, where ``hᵢ`` is the largest curvature
@@ -128,9 +130,6 @@ class RidgeProblem:
         self._rows = self._design(rows)
         self._targets, self._weights = rows.targets.to(self._dtype), rows.weights.to(self._dtype)[:, None]
         self._mass = float(as_float64(rows.weights).sum())
-        self._penalised = torch.ones(prior.shape[1], dtype=torch.float64, device=self.prior.device)
-        if self._bias:
-            self._penalised[-1] = 0.0
         self._scale = max(self.likelihood(self.null_weight(), rows) * self._mass, 1e-30)
 
     def _design(self, rows: Rows) -> Tensor:
@@ -197,9 +196,17 @@ class RidgeProblem:
         logits = self._rows @ weight.to(self._dtype).T
         losses = _losses(self.loss, logits, self._targets)[:, None] * self._weights
         residual = (_probabilities(self.loss, logits) - self._targets) * self._weights
-        pull = (weight - self.prior) * self._penalised
-        value = float(losses.sum(dtype=torch.float64)) + ridge / 2 * float((pull * pull).sum())
-        return value, as_float64(residual.T @ self._rows) + ridge * pull
+        away = weight - self.prior
+        pull = away * self._ridges(ridge)
+        value = float(losses.sum(dtype=torch.float64)) + float((pull * away).sum()) / 2
+        return value, as_float64(residual.T @ self._rows) + pull
+
+    def _ridges(self, ridge: float) -> Tensor:
+        """Return the ridge of each column of ``[V b]``."""
+        ridges = self.prior.new_full((self.prior.shape[1],), ridge)
+        if self._bias:
+            ridges[-1] = BIAS_RIDGE
+        return ridges
 
     def _curvature(self, weight: Tensor) -> Tensor:
         p = _probabilities(self.loss, self._rows @ weight.to(self._dtype).T)
@@ -207,10 +214,7 @@ class RidgeProblem:
         return as_float64(self._rows.T @ (self._rows * (largest * self._weights)))
 
     def _preconditioner(self, ridge: float, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        hessian = self._curvature(weight)
-        # The bias has no ridge of its own: rows whose curvature rounds to 0 must not make the matrix singular.
-        floor = 1e-6 * float(hessian.diagonal().mean()) + 1e-12
-        factor = torch.linalg.cholesky(hessian + torch.diag(ridge * self._penalised + floor))
+        factor = torch.linalg.cholesky(self._curvature(weight) + torch.diag(self._ridges(ridge)))
         return lambda gradient: torch.cholesky_solve(gradient.T, factor).T
 
 

@@ -6,6 +6,8 @@ from yolo_sos._lazy import lazy_exports
 _MODULES = {
     "Checkpoint": "yolo_sos.yolo.checkpoint",
     "CheckpointData": "yolo_sos.yolo.images",
+    "CheckpointFit": "yolo_sos.yolo.fit",
+    "CheckpointFitReport": "yolo_sos.yolo.fit_report",
     "CheckpointReport": "yolo_sos.yolo.shift_report",
     "CheckpointShift": "yolo_sos.yolo.shift",
     "CheckpointSweep": "yolo_sos.yolo.sweep",
@@ -13,6 +15,7 @@ _MODULES = {
     "Shifting": "yolo_sos.yolo.shifting",
     "TrainerExtension": "yolo_sos.yolo.training",
     "YoloTask": "yolo_sos.yolo.heads",
+    "fit_checkpoint": "yolo_sos.yolo.fit",
     "final_layers": "yolo_sos.yolo.heads",
     "shift_checkpoint": "yolo_sos.yolo.shift",
     "sweep_checkpoint": "yolo_sos.yolo.sweep",

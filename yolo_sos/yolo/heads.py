@@ -55,11 +55,11 @@ def final_layers(model: nn.Module) -> list[FinalLayer]:
             "v8 to v12 or 26, or for the linear layer of a Classify head."
         )
     layers = []
-    for branch in _branches(head).values():
-        classifiers = [_last(tower) for tower in branch["cls_head"]]
+    for branch in branches_of(head).values():
+        classifiers = [last_of(tower) for tower in branch["cls_head"]]
         for key, kind in KIND_OF_BRANCH.items():
             for level, tower in enumerate(branch.get(key, ())):
-                last = _last(tower)
+                last = last_of(tower)
                 if isinstance(last, nn.Conv2d):  # not so in YOLO26's pose_head, whose last layers are in kpts_head
                     layers.append(FinalLayer(names[last], last, kind, level, classifier=names[classifiers[level]]))
     return layers
@@ -79,7 +79,7 @@ def layers_of_kinds(layers: Sequence[FinalLayer], kinds: Iterable[str]) -> list[
     return chosen
 
 
-def _branches(head: Detect) -> dict[str, dict[str, Sequence[nn.Module]]]:
+def branches_of(head: Detect) -> dict[str, dict[str, Sequence[nn.Module]]]:
     """Return the branches of a Detect head that exist, by name: fusing removes one."""
     branches = {"one2many": head.one2many}
     if getattr(head, "one2one_cv2", None) is not None:
@@ -87,7 +87,7 @@ def _branches(head: Detect) -> dict[str, dict[str, Sequence[nn.Module]]]:
     return {name: branch for name, branch in branches.items() if branch["box_head"] is not None}
 
 
-def _last(tower: nn.Module) -> nn.Module:
+def last_of(tower: nn.Module) -> nn.Module:
     return tower[-1] if isinstance(tower, nn.Sequential) else tower
 
 
@@ -160,14 +160,14 @@ class YoloTask:
         """Return the predictions for other outputs of the final layers, by the head's own ``forward_head``."""
         if isinstance(self.head, Classify):
             return outputs[self._names[self.head.linear]]
-        branches = _branches(self.head)
+        branches = branches_of(self.head)
         if "one2many" not in state:
             return self._replay_branch(state, branches["one2many"], outputs)
         return {name: self._replay_branch(state[name], branch, outputs) for name, branch in branches.items()}
 
     def _replay_branch(self, state: dict[str, Any], branch: dict[str, Any], outputs: dict[str, Tensor]) -> Any:
         def constant(tower: nn.Module):
-            output = outputs.get(self._names.get(_last(tower), ""))
+            output = outputs.get(self._names.get(last_of(tower), ""))
             return lambda _: output  # in place of the tower, whatever its input
 
         towers = {key: [constant(tower) for tower in towers or ()] for key, towers in branch.items()}  # fused: None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -70,6 +70,35 @@ def draw(count: int, labels: Sequence[int] | None, seed: int) -> list[int]:
     return [order[i] for i in sorted(range(count), key=turn.__getitem__)]  # stable: random within a turn
 
 
+def covering_order(classes: Sequence[Collection[int]], least: int, seed: int) -> list[int]:
+    """Return 0 … n−1 in random order, but first ``least`` images of each class, the rarest first.
+
+    A class that has fewer comes with all of its images.
+
+    Args:
+        classes (Sequence[Collection[int]]): The classes that each of the n images shows.
+        least (int): Images of each class.
+        seed (int): Of the random order.
+    """
+    order = draw(len(classes), None, seed)
+    of: dict[int, list[int]] = {}
+    for i in order:
+        for c in classes[i]:
+            of.setdefault(c, []).append(i)
+    first: dict[int, None] = {}
+    for c in sorted(of, key=lambda c: (len(of[c]), c)):
+        have = sum(i in first for i in of[c])
+        first |= dict.fromkeys([i for i in of[c] if i not in first][: max(0, least - have)])
+    return [*first, *(i for i in order if i not in first)]
+
+
+def object_classes(dataset: Any) -> list[list[int]]:
+    """Return the classes of the objects in each image of an Ultralytics data set."""
+    if hasattr(dataset, "samples"):  # of a classifier
+        return [[int(sample[1])] for sample in dataset.samples]
+    return [label["cls"].reshape(-1).astype(int).tolist() for label in dataset.labels]
+
+
 @contextmanager
 def preserve_rng() -> Iterator[None]:
     """Restore the global random states: a run with SOS sees the same augmentations as one without."""
@@ -94,6 +123,7 @@ class ImageSample:
         labels (Sequence[int], optional): The class of each image, where an image has one: each class then has its share
             of every set, as far as the data set allows.
         keep (bool): Whether loaded images stay in memory, for several passes.
+        order (Sequence[int], optional): Positions in the order in which the sets take them. None: a random one.
 
     Attributes:
         sets (dict[str, list[int]]): Set → positions of its images in the data set.
@@ -108,13 +138,14 @@ class ImageSample:
         seed: int,
         labels: Sequence[int] | None = None,
         keep: bool = False,
+        order: Sequence[int] | None = None,
     ):
         """Choose the images; they are loaded when first asked for."""
         self.dataset, self.batch = dataset, batch
         self._preprocess, self._keep = preprocess, keep
-        order = iter(draw(len(dataset), labels, seed))
-        self.sets = {name: [next(order) for _ in range(size)] for name, size in sizes.items()}
-        self._spare = order  # in place of images that cannot be read
+        left = iter(draw(len(dataset), labels, seed) if order is None else order)
+        self.sets = {name: [next(left) for _ in range(size)] for name, size in sizes.items()}
+        self._spare = left  # in place of images that cannot be read
         self._loaded: dict[str, list[dict[str, Any]]] = {}
         # Classification data sets have no collate_fn of their own.
         self._collate = getattr(dataset, "collate_fn", None) or torch.utils.data.default_collate
@@ -183,6 +214,7 @@ class CheckpointData:
     Attributes:
         args (dict): Ultralytics' arguments for a validation on this data set.
         batch (int): Images in a batch.
+        content (dict): The data set as Ultralytics describes it.
         dataset (Dataset): The training split.
 
     Raises:
@@ -217,10 +249,10 @@ class CheckpointData:
             "verbose": False,
             "mode": "val",
         }
-        self._data = self._read(checkpoint)
+        self.content = self._read(checkpoint)
         with TemporaryDirectory() as folder:  # a validator makes a folder for its results as soon as it exists
             self._validator = checkpoint.validator(args=self.args, save_dir=Path(folder))
-        self._validator.device, self._validator.data = device, self._data
+        self._validator.device, self._validator.data = device, self.content
         self._validator.names = checkpoint.model.names
         self._validator.stride = max(int(checkpoint.model.stride.max()), 32)  # type: ignore[operator, union-attr]
         self.dataset = self._open("train")
@@ -233,7 +265,7 @@ class CheckpointData:
 
     def check_classes(self, checkpoint: Checkpoint) -> None:
         """Raise a ``ValueError`` if a checkpoint has other classes than the data set."""
-        ours, theirs = check_class_names(checkpoint.model.names), check_class_names(self._data["names"])
+        ours, theirs = check_class_names(checkpoint.model.names), check_class_names(self.content["names"])
         if not self.args["single_cls"] and ours != theirs:
             first = next(i for i in range(max(len(ours), len(theirs))) if ours.get(i) != theirs.get(i))
             raise ValueError(
@@ -248,15 +280,15 @@ class CheckpointData:
         if checkpoint.task == "classify":
             if Path(name).is_absolute() and not Path(name).is_dir():  # Ultralytics would try to download it
                 raise FileNotFoundError(f"{name}: there is no such folder of images.")
-            self._data = check_cls_dataset(name)
+            self.content = check_cls_dataset(name)
         else:
-            self._data = check_det_dataset(name)
+            self.content = check_det_dataset(name)
         self.check_classes(checkpoint)
-        return self._data
+        return self.content
 
     def _open(self, split: str) -> Any:
         """Return a split as Ultralytics reads it; images that it leaves out are an error."""
-        path = self._data.get(split)
+        path = self.content.get(split)
         if not path:
             raise FileNotFoundError(f"{self.args['data']} has no '{split}' split.")
         try:

@@ -99,6 +99,7 @@ class CheckpointJob:
     """
 
     names: ClassVar[tuple[str, ...]] = ()  # of the files to write; {} is the checkpoint's
+    opens: ClassVar[type[CheckpointData]] = CheckpointData
 
     def __init__(
         self,
@@ -124,9 +125,7 @@ class CheckpointJob:
         check_free(self.outputs, boolean("exist_ok", exist_ok))
         self.layers = layers_of_kinds(self.checkpoint.layers, kinds)
         self.device = select_device("" if device is None else device, verbose=False)
-        self.data = CheckpointData(
-            self.checkpoint, data, imgsz=imgsz, batch=batch, device=self.device, splits=self.splits
-        )
+        self.data = self.opens(self.checkpoint, data, imgsz=imgsz, batch=batch, device=self.device, splits=self.splits)
         self.images = self.data.sample(sizes(len(self.data.dataset)), seed)
         self.model = self.checkpoint.model.to(self.device)
         self.task = YoloTask(self.model)

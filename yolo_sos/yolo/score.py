@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from yolo_sos.core import InputCapture, layer_outputs
@@ -111,6 +112,31 @@ def score(
         own = dict(many(model=model))
     total = time.perf_counter() - start
     return [own, *many.results], {"validation": total - many.seconds, "points": many.seconds}
+
+
+def class_scores(
+    validator: type[Any], args: dict[str, Any], model: nn.Module
+) -> tuple[dict[str, float], dict[int, float]]:
+    """Validate a model as Ultralytics does.
+
+    Args:
+        validator (type): Ultralytics' validator for the task.
+        args (dict): Its arguments.
+        model (nn.Module): The model, which stays as it is.
+
+    Returns:
+        metrics (dict[str, float]): Ultralytics' metrics.
+        scores (dict[int, float]): AP50-95 of each class that the split shows, of masks or keypoints where the model has
+            them; of a classifier the share of its images that it gets right.
+    """
+    with TemporaryDirectory() as folder:
+        run = validator(args=args, save_dir=Path(folder))
+        metrics = dict(run(model=model))
+    if args["task"] == "classify":
+        right, targets = (torch.cat(run.pred)[:, 0] == torch.cat(run.targets)), torch.cat(run.targets)
+        return metrics, {int(c): float(right[targets == c].float().mean()) for c in targets.unique()}
+    found = next(of for name in ("pose", "seg", "box") if (of := getattr(run.metrics, name, None)) is not None)
+    return metrics, {int(c): float(found.maps[c]) for c in found.ap_class_index}
 
 
 def headline(metrics: dict[str, float]) -> str:

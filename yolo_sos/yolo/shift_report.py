@@ -96,7 +96,7 @@ class CheckpointReport(ShiftReport):
             + [f"{r.milliseconds:.1f}"]
             for r in self.layers
         ]
-        lines = _aligned([HEADER, *rows], left=2)
+        lines = aligned([HEADER, *rows], left=2)
         loss, change = self.heldout_after, self.heldout_after / self.heldout_before - 1
         lines += [
             "",
@@ -118,7 +118,7 @@ class CheckpointReport(ShiftReport):
                 after = self.metrics_after[name]
                 mark = "*" if name == main else ""
                 rows.append([name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}", mark])
-            lines += ["", *_aligned(rows, left=1)]
+            lines += ["", *aligned(rows, left=1)]
         return "\n".join(lines)
 
     def refusal(self) -> str:
@@ -134,7 +134,7 @@ class CheckpointReport(ShiftReport):
         )
 
 
-def _aligned(rows: list[list[str]], left: int) -> list[str]:
+def aligned(rows: list[list[str]], left: int) -> list[str]:
     """Return the rows as lines, the first ``left`` columns flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -142,11 +142,13 @@ class TrainerExtension(BaseTrainer):
         with override_configs(self.args, {"multi_scale": 0.0}):
             return self.preprocess_batch(batch)
 
-    def sample_images(self, sizes: dict[str, int], seed: int) -> ImageSample:
-        """Return random sets of training images as validation would see them, kept in memory for several passes."""
+    def sample_images(
+        self, sizes: dict[str, int], seed: int, keep: bool = True, order: Sequence[int] | None = None
+    ) -> ImageSample:
+        """Return random sets of training images as validation would see them, see ``ImageSample``."""
         view, labels = self.plain_images()
         batch = max(self.batch_size // max(self.world_size, 1), 1)
-        return ImageSample(view, self.preprocess_plain, batch, sizes, seed, labels, keep=True)
+        return ImageSample(view, self.preprocess_plain, batch, sizes, seed, labels, keep, order)
 
     def extra_columns(self) -> dict[str, float]:
         """Return our columns of this epoch; the same keys in every one."""

@@ -1,0 +1,127 @@
+# yolo-sos, AGPL-3.0
+"""Fit the class layers of an Ultralytics model to labelled images, and judge the fit on others."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from ultralytics.utils import TQDM
+
+from yolo_sos.core import Engine, FitReport, Rows, affine_matrix, fit_layer, judge
+from yolo_sos.yolo.class_rows import ClassRows
+from yolo_sos.yolo.classes import priors
+from yolo_sos.yolo.heads import YoloTask
+from yolo_sos.yolo.images import ImageSample
+
+IMAGES = 300  # to fit on by default, a fourth of them to choose the ridge first
+PER_CLASS = 10  # images at least, of many classes
+LEAST = 5  # images of each class among those to fit on, where there are as many
+HELD_OUT = 32  # others, which only the guard sees
+
+
+def default_images(classes: int) -> int:
+    """Return how many images to fit on by default."""
+    return max(IMAGES, PER_CLASS * classes)
+
+
+def fit_sizes(available: int, images: int | None) -> dict[str, int]:
+    """Return how many images to fit on, to choose the ridge on, and to hold out for the guard.
+
+    Args:
+        available (int): Images in the training set.
+        images (int, optional): Images asked for to fit on, those that choose the ridge among them. None: all that are
+            left.
+
+    Returns:
+        (dict[str, int]): Sizes of disjoint sets: ``fit``, three fourths; ``selection``, the rest, which is fitted on,
+            too, once the ridge is chosen; ``heldout``, at most ``HELD_OUT`` and a fifth of the training set.
+
+    Raises:
+        ValueError: If there are too few images.
+    """
+    if available < 3:
+        raise ValueError(
+            f"A fit needs at least 3 training images, to fit on, to choose the ridge on and to judge it on; there "
+            f"{'is' if available == 1 else 'are'} {available}."
+        )
+    heldout = min(HELD_OUT, max(1, available // 5))
+    images = max(2, min(images or available, available - heldout))
+    selection = max(1, images // 4)
+    return {"fit": images - selection, "selection": selection, "heldout": heldout}
+
+
+@dataclass(frozen=True)
+class ClassFit:
+    """The fit of a model's class layers; nothing is written yet.
+
+    Attributes:
+        weights (dict[str, Tensor]): Layer name → ``[V b]`` ``(C, d + 1)``, in the layer's dtype.
+        report (FitReport): How they were found. Its ``refusal`` says why they should not be written.
+        foreground (list[int]): Rows of each class that were fitted on, over all layers.
+        engine (Engine): The engine, for its stopwatch.
+    """
+
+    weights: dict[str, Tensor]
+    report: FitReport
+    foreground: list[int]
+    engine: Engine
+
+
+def fit_classes(
+    model: nn.Module, images: ImageSample, known: dict[int, int], ridge: float | None, seed: int, progress: bool = False
+) -> ClassFit:
+    """Fit the class layers of a model.
+
+    Args:
+        model (nn.Module): The model, which stays as it is.
+        images (ImageSample): Images in sets as ``fit_sizes`` has them.
+        known (dict[int, int]): The classes whose present rows are worth something, see ``priors``; the others are
+            fitted from zero.
+        ridge (float, optional): The ridge. None: chosen for each layer.
+        seed (int): Draws the background rows.
+        progress (bool): Whether to show a bar.
+    """
+    task = YoloTask(model)
+    rows = ClassRows(model, task, seed)
+    engine = Engine(model, rows.layers, task)
+    total = sum(len(images.sets[name]) for name in ("fit", "selection"))
+    with TQDM(total=total, desc="fit images", unit="img", disable=not progress) as bar:
+
+        def counted(name: str):
+            for batch in images.batches(name):
+                yield batch
+                bar.update(len(batch["img"]))
+
+        fit, selection = (rows.collect(engine, counted(name), total) for name in ("fit", "selection"))
+    engine.watch.lap("rows")
+    shown = sum((_shown(part) for parts in (fit, selection) for part in parts.values()), start=torch.zeros(()))
+    # A class that no row shows keeps its row: a detector's classes have nothing to do with each other.
+    classes = shown.nonzero()[:, 0] if rows.loss == "binary" else torch.arange(len(shown))
+    if not len(classes):
+        raise ValueError("There is nothing to fit on: no anchor point was assigned to an object.")
+    starts = priors(model, known)
+    weights, layers = {}, []
+    for layer in rows.layers:
+        parts = [Rows(p.inputs, p.targets[:, classes], p.weights) for p in (fit[layer.name], selection[layer.name])]
+        prior = starts[layer.name]
+        solved, told = fit_layer(layer, *parts, prior[classes], rows.loss, ridge, refit=True)
+        weight = affine_matrix(layer.module).clone()
+        weight[classes] = solved.to(weight)
+        weights[layer.name] = weight
+        layers.append(told)
+    engine.watch.lap("solve")
+    heldout = engine.hold_out(images.batches("heldout"))
+    before, after = heldout.before, heldout.loss(weights)
+    engine.watch.lap("guard")
+    finite = all(map(torch.Tensor.all, map(torch.isfinite, weights.values())))
+    refusal = judge(layers, before, after) if finite and math.isfinite(before) else "a loss or weight is not finite"
+    report = FitReport(tuple(layers), before, after, refusal, engine.watch.milliseconds)
+    return ClassFit(weights, report, shown.int().tolist(), engine)
+
+
+def _shown(rows: Rows) -> Tensor:
+    """Return how many rows show each class, ``(C,)``."""
+    return (rows.targets > 0).sum(0).cpu()

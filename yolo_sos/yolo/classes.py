@@ -1,0 +1,132 @@
+# yolo-sos, AGPL-3.0
+"""The class layers of an Ultralytics model for other classes: which rows are known by name, and where others start."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from ultralytics.nn.modules import Classify
+
+from yolo_sos.core import FinalLayer, affine_matrix, write_weight
+from yolo_sos.yolo.heads import branches_of, final_layers, head_of, last_of
+
+
+def class_layers(model: nn.Module) -> dict[str, list[FinalLayer]]:
+    """Return the layers that score the classes, by branch of the head: one per level, from the finest on.
+
+    Raises:
+        TypeError: If the head has no such layers.
+    """
+    layers = {layer.module: layer for layer in final_layers(model)}
+    if isinstance(head_of(model), Classify):
+        return {"": list(layers.values())}
+    branches = branches_of(head_of(model))  # type: ignore[arg-type]
+    return {name: [layers[last_of(tower)] for tower in branch["cls_head"]] for name, branch in branches.items()}
+
+
+def _in_order(model: nn.Module) -> list[FinalLayer]:
+    return [layer for of in class_layers(model).values() for layer in of]
+
+
+def known_classes(names: dict[int, str], source: dict[int, str]) -> dict[int, int]:
+    """Return which class of ``source`` each class of ``names`` is, where the names are the same but for case.
+
+    Names that only repeat their numbers say nothing, unless they are the same ones.
+    """
+    if names == source:
+        return {k: k for k in names}
+    if any(all(str(k) == str(v) for k, v in of.items()) for of in (names, source)):
+        return {}
+    place = {str(v).strip().lower(): k for k, v in source.items()}
+    found = {k: place.get(str(v).strip().lower()) for k, v in names.items()}
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def resized(source: nn.Module, names: dict[int, str], seed: int) -> nn.Module:
+    """Return a copy of a model for other classes, as Ultralytics would start to train it.
+
+    The towers stay, whatever width Ultralytics' YAML gives them for the number of classes. In the class layers, rows of
+    classes that ``source`` knows by name are its own; others are random, with Ultralytics' bias.
+
+    Args:
+        source (nn.Module): The model.
+        names (dict[int, str]): The classes.
+        seed (int): Of the random rows.
+    """
+    model, classes = deepcopy(source), len(names)
+    known = known_classes(names, source.names)  # type: ignore[arg-type]
+    modules = [layer.module for layer in _in_order(model)]
+    head: Any = head_of(model)
+    if (semantic := getattr(getattr(head, "proto", None), "semseg", None)) is not None:
+        modules.append(semantic[-1])  # of YOLO26's segmentation: scores the classes of pixels, in training
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for old in modules:
+            _replace(model, old, _with_rows(old, classes, known))
+    if not isinstance(head, Classify):
+        head.nc, head.no = classes, head.no - head.nc + classes
+        for layer, bias in zip(_in_order(model), _biases(model), strict=True):
+            new = [k for k in names if k not in known]
+            layer.module.bias.data[new] = bias  # type: ignore[union-attr, operator]
+    model.names, model.yaml["nc"] = dict(names), classes  # type: ignore[assignment, index, operator]
+    if hasattr(model, "nc"):
+        model.nc = classes  # type: ignore[assignment]
+    return model
+
+
+def priors(model: nn.Module, known: dict[int, int]) -> dict[str, Tensor]:
+    """Return what a ridge pulls each class layer to, by name: ``[V b]₀`` ``(C, d + 1)`` in float64.
+
+    That is its present row where a class is known, and zero with the bias of an untrained head otherwise: the random
+    rows that Ultralytics starts with say nothing.
+    """
+    found = {}
+    biases = [0.0] if isinstance(head_of(model), Classify) else _biases(model)
+    for layer, bias in zip(_in_order(model), biases, strict=True):
+        own = affine_matrix(layer.module).double()
+        prior = torch.zeros_like(own)
+        prior[:, -1] = bias
+        rows = list(known)
+        prior[rows] = own[rows]
+        found[layer.name] = prior
+    return found
+
+
+def append_classes(source: nn.Module, fitted: nn.Module) -> nn.Module:
+    """Return a copy of a model with the classes of another one after its own, whose rows stay bit-identical."""
+    old, new = source.names, fitted.names
+    names = dict(enumerate([*old.values(), *new.values()]))  # type: ignore[union-attr, operator, arg-type]
+    model = resized(source, names, seed=0)
+    for layer, *parts in zip(*map(_in_order, (model, source, fitted)), strict=True):
+        write_weight(layer.module, torch.cat([affine_matrix(part.module) for part in parts]))
+    return model
+
+
+def _biases(model: nn.Module) -> list[float]:
+    """Return the bias of each class layer of an untrained head, as Ultralytics' ``bias_init`` has it."""
+    head: Any = head_of(model)
+    return [math.log(5 / head.nc / (640 / float(head.stride[layer.level])) ** 2) for layer in _in_order(model)]
+
+
+def _with_rows(old: Any, classes: int, known: dict[int, int]) -> nn.Module:
+    """Return a layer like ``old`` for other classes: known rows copied, others random."""
+    bias = old.bias is not None
+    if isinstance(old, nn.Linear):
+        new: Any = nn.Linear(old.in_features, classes, bias)
+    else:
+        new = nn.Conv2d(old.in_channels, classes, 1, bias=bias)
+    with torch.no_grad():
+        for name in ("weight", "bias") if bias else ("weight",):
+            getattr(new, name)[list(known)] = getattr(old, name).cpu().float()[list(known.values())]
+    new.requires_grad_(old.weight.requires_grad)
+    return new.to(old.weight.device, old.weight.dtype).train(old.training)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    name = next(name for name, module in model.named_modules() if module is old)
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, new)
