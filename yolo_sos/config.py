@@ -22,6 +22,7 @@ KINDS = ("box", "cls", "mask", "kpt", "angle", "linear")  # of final layers
 PEERS = ("sam", "asam", "gnp")
 SECTIONS = {
     "sos": "Stochastic optimum shifting. `yolo-sos shift` takes those of a single shift, with or without `sos_`.",
+    "fit": "A better start for a pretrained model: acts with sos=false too.",
     "recipe": "Of the recipe that SOS was published with: these act with sos=false too.",
     "peers": "Other ways to flat minima, to compare SOS with or to combine it with: these act with sos=false too.",
     "analyze": "A measurement, which changes nothing: with sos=false too.",
@@ -126,6 +127,12 @@ class SOSConfig:
         "largest relative rise of the held-out loss, which decides how strong a shift is; one with a given rank or "
         "budget is shortened or left out; none: no guard",
     )
+    fit_head: bool = _setting(
+        False,
+        boolean,
+        "fit the class layers to the labels before the first epoch, as `yolo-sos fit` does, unless nothing is gained",
+        "fit",
+    )
     lr_steps: list[float] | None = _setting(
         None,
         optional(_lr_steps),
@@ -202,7 +209,7 @@ class SOSConfig:
     @property
     def stock(self) -> bool:
         """Whether nothing is asked for that Ultralytics' own trainer does not do."""
-        return not self.sos and all(getattr(self, key) is None for key in RECIPE)
+        return not self.sos and all(getattr(self, key) == SCHEMA[key].default for key in RECIPE)
 
     @property
     def method(self) -> Method:

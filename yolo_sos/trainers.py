@@ -25,15 +25,17 @@ from yolo_sos.recipes.mixup import Mixup
 from yolo_sos.recipes.networks import set_head
 from yolo_sos.recipes.schedule import SteppedLearningRate
 from yolo_sos.recipes.sharpness import SharpnessAware
+from yolo_sos.yolo.fitting import Fitting
 from yolo_sos.yolo.heads import final_layers
 from yolo_sos.yolo.shifting import Shifting
 from yolo_sos.yolo.training import PREFIX
 
 
-class SOSMixin(WeightAveraging, Shifting, Watching, SharpnessAware, SteppedLearningRate):
+class SOSMixin(WeightAveraging, Fitting, Shifting, Watching, SharpnessAware, SteppedLearningRate):
     """All extensions, for a trainer of Ultralytics: put it before the trainer among the base classes.
 
-    At the end of an epoch they act in this order: weights are averaged, shifted, measured. With none of our settings
+    Before the first epoch class layers are fitted. At the end of an epoch the extensions act in this order: weights are
+    averaged, shifted, measured. With none of our settings
     the trainer is the stock one.
     """
 

@@ -28,7 +28,8 @@ def class_layers(model: nn.Module) -> dict[str, list[FinalLayer]]:
     return {name: [layers[last_of(tower)] for tower in branch["cls_head"]] for name, branch in branches.items()}
 
 
-def _in_order(model: nn.Module) -> list[FinalLayer]:
+def in_order(model: nn.Module) -> list[FinalLayer]:
+    """Return the layers of ``class_layers``, one branch after the other."""
     return [layer for of in class_layers(model).values() for layer in of]
 
 
@@ -59,7 +60,7 @@ def resized(source: nn.Module, names: dict[int, str], seed: int) -> nn.Module:
     """
     model, classes = deepcopy(source), len(names)
     known = known_classes(names, source.names)  # type: ignore[arg-type]
-    modules = [layer.module for layer in _in_order(model)]
+    modules = [layer.module for layer in in_order(model)]
     head: Any = head_of(model)
     if (semantic := getattr(getattr(head, "proto", None), "semseg", None)) is not None:
         modules.append(semantic[-1])  # of YOLO26's segmentation: scores the classes of pixels, in training
@@ -69,7 +70,7 @@ def resized(source: nn.Module, names: dict[int, str], seed: int) -> nn.Module:
             _replace(model, old, _with_rows(old, classes, known))
     if not isinstance(head, Classify):
         head.nc, head.no = classes, head.no - head.nc + classes
-        for layer, bias in zip(_in_order(model), _biases(model), strict=True):
+        for layer, bias in zip(in_order(model), _biases(model), strict=True):
             new = [k for k in names if k not in known]
             layer.module.bias.data[new] = bias  # type: ignore[union-attr, operator]
     model.names, model.yaml["nc"] = dict(names), classes  # type: ignore[assignment, index, operator]
@@ -86,7 +87,7 @@ def priors(model: nn.Module, known: dict[int, int]) -> dict[str, Tensor]:
     """
     found = {}
     biases = [0.0] if isinstance(head_of(model), Classify) else _biases(model)
-    for layer, bias in zip(_in_order(model), biases, strict=True):
+    for layer, bias in zip(in_order(model), biases, strict=True):
         own = affine_matrix(layer.module).double()
         prior = torch.zeros_like(own)
         prior[:, -1] = bias
@@ -96,12 +97,41 @@ def priors(model: nn.Module, known: dict[int, int]) -> dict[str, Tensor]:
     return found
 
 
+def take_over(model: nn.Module, source: nn.Module, known: dict[int, int], seed: int) -> None:
+    """Give a model the class towers and known rows of a pretrained one, where Ultralytics has not.
+
+    Releases before 8.4.190 lose towers whose width depends on the number of classes, and know no classes by name.
+
+    Args:
+        model (nn.Module): The model, as Ultralytics has built and loaded it.
+        source (nn.Module): The pretrained one.
+        known (dict[int, int]): Class → the source's, see ``known_classes``.
+        seed (int): Of rows that are to be random.
+    """
+    head, theirs = head_of(model), head_of(source)
+    if type(head) is not type(theirs) or isinstance(head, Classify):
+        return
+    pairs = list(zip(in_order(model), in_order(source), strict=True))
+    if any(a.module.in_channels != b.module.in_channels for a, b in pairs):
+        if [of[0].conv.in_channels for of in head.cv2] != [of[0].conv.in_channels for of in theirs.cv2]:  # type: ignore[union-attr, operator]
+            return  # of another size
+        like: Any = head_of(resized(source, {k: str(k) for k in range(head.nc)}, seed))  # type: ignore[arg-type]
+        for name in ("cv3", "one2one_cv3"):
+            if getattr(head, name, None) is not None:
+                setattr(head, name, getattr(like, name).float().requires_grad_(True))
+        pairs = list(zip(in_order(model), in_order(source), strict=True))
+    for ours, other in pairs:
+        own, rows = affine_matrix(ours.module), affine_matrix(other.module)
+        own[list(known)] = rows[list(known.values())].to(own)
+        write_weight(ours.module, own)
+
+
 def append_classes(source: nn.Module, fitted: nn.Module) -> nn.Module:
     """Return a copy of a model with the classes of another one after its own, whose rows stay bit-identical."""
     old, new = source.names, fitted.names
     names = dict(enumerate([*old.values(), *new.values()]))  # type: ignore[union-attr, operator, arg-type]
     model = resized(source, names, seed=0)
-    for layer, *parts in zip(*map(_in_order, (model, source, fitted)), strict=True):
+    for layer, *parts in zip(*map(in_order, (model, source, fitted)), strict=True):
         write_weight(layer.module, torch.cat([affine_matrix(part.module) for part in parts]))
     return model
 
@@ -109,7 +139,7 @@ def append_classes(source: nn.Module, fitted: nn.Module) -> nn.Module:
 def _biases(model: nn.Module) -> list[float]:
     """Return the bias of each class layer of an untrained head, as Ultralytics' ``bias_init`` has it."""
     head: Any = head_of(model)
-    return [math.log(5 / head.nc / (640 / float(head.stride[layer.level])) ** 2) for layer in _in_order(model)]
+    return [math.log(5 / head.nc / (640 / float(head.stride[layer.level])) ** 2) for layer in in_order(model)]
 
 
 def _with_rows(old: Any, classes: int, known: dict[int, int]) -> nn.Module:

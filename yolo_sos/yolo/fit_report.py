@@ -127,7 +127,10 @@ class CheckpointFitReport(FitReport):
             ax.plot(*zip(*points, strict=True), "D", color="#e07a5f", markersize=5, label="before")
         ax.set_yticks(places, [f"{c.name}  ({c.boxes})" for c in shown])
         for i, c in enumerate(shown):
-            ax.text((c.after or 0.0) + 0.008, i, f"{c.after:.2f}", va="center", fontsize=8)
+            width = c.after or 0.0
+            inside = width > 0.08
+            side, color = ("right", "white") if inside else ("left", "black")
+            ax.text(width - 0.008 if inside else width + 0.008, i, f"{width:.2f}", ha=side, va="center", color=color)
         ax.axvline(self.metrics_after[key], color="black", linewidth=1, linestyle="--", label=f"mean {key}")
         ax.set_xlim(0, 1)
         ax.set_ylim(-0.7, len(shown) - 0.3)

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.patches import torch_load
 from ultralytics.utils.torch_utils import unwrap_model
@@ -108,27 +108,14 @@ class Shifting(TrainerExtension):
         Returns:
             (dict[str, ShiftReport]): By the models' names; empty on other ranks than 0.
         """
-        reports: dict[str, ShiftReport] = {}
-        error: Exception | None = None
-        if RANK in {-1, 0}:
-            try:
-                with preserve_rng():
-                    reports = self._shift_models(models)
-            except Exception as e:
-                error = e  # raised below, once no rank waits any more
-        if self.world_size > 1:
-            message = [None if error is None else f"{type(error).__name__}: {error}"]
-            dist.broadcast_object_list(message, src=0)
-            if message[0] and error is None:
-                raise RuntimeError(f"The shift failed on rank 0: {message[0]}")
-            for model in models.values() if error is None else ():
+
+        def tensors() -> Iterator[Tensor]:
+            for model in models.values():
                 sos = self._sos(model)
                 for layer in self._chosen(model):
-                    for tensor in (layer.module.weight.data, *sos.momentum(layer)):
-                        dist.broadcast(tensor, src=0)
-        if error is not None:
-            raise error
-        return reports
+                    yield from (layer.module.weight.data, *sos.momentum(layer))  # type: ignore[misc, operator]
+
+        return self.on_first_rank(partial(self._shift_models, models), tensors, "shift") or {}
 
     def _shift_models(self, models: dict[str, nn.Module]) -> dict[str, ShiftReport]:
         """Shift models, and return the reports by their names; none where all final layers are frozen by now."""

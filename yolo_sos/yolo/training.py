@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch import distributed as dist
 from ultralytics import __version__ as ultralytics_version
 from ultralytics.cfg import cfg2dict
 from ultralytics.nn.tasks import load_checkpoint
@@ -22,18 +24,26 @@ from yolo_sos import __version__
 from yolo_sos.builtin import resolve_data, resolve_model
 from yolo_sos.config import CHECKPOINT_KEY, SOSConfig, is_sos_key
 from yolo_sos.files import atomic_path, write_text
-from yolo_sos.yolo.images import ImageSample
+from yolo_sos.yolo.images import ImageSample, preserve_rng
 
 if TYPE_CHECKING:
     from ultralytics.engine.trainer import BaseTrainer
 else:
     BaseTrainer = object  # a mixin: the trainer comes from the class that uses it
 
+T = TypeVar("T")
+
 PREFIX = colorstr("SOS: ")
 # An event that nothing runs. Besides args and weights, callbacks are the one thing that Ultralytics hands to the
 # workers of a distributed run, and args refuse keys that are not Ultralytics'.
 CARRIER = "sos_settings"
-OUTPUTS = ("sos.yaml", "sos.csv", "sos.png", "analyze.png")  # of a run; those of an earlier one in its folder go
+OUTPUTS = (
+    "sos.yaml",
+    "sos.csv",
+    "sos.png",
+    "fit.json",
+    "analyze.png",
+)  # of a run; those of an earlier one in its folder go
 TESTED = ("8.4.150", "8.4.190")  # the releases of Ultralytics that the test suite has passed with
 
 
@@ -149,6 +159,36 @@ class TrainerExtension(BaseTrainer):
         view, labels = self.plain_images()
         batch = max(self.batch_size // max(self.world_size, 1), 1)
         return ImageSample(view, self.preprocess_plain, batch, sizes, seed, labels, keep, order)
+
+    def on_first_rank(self, work: Callable[[], T], tensors: Callable[[], Iterable[Tensor]], what: str) -> T | None:
+        """Do work on rank 0, and broadcast what it has written to the other ranks of a distributed run.
+
+        Args:
+            work (Callable): Does it. Global random states are restored after it.
+            tensors (Callable): Returns the tensors that it may have written, in one order on all ranks.
+            what (str): What it is called in the error of another rank.
+
+        Returns:
+            (T | None): What it returns; None on other ranks.
+        """
+        result: T | None = None
+        error: Exception | None = None
+        if RANK in {-1, 0}:
+            try:
+                with preserve_rng():
+                    result = work()
+            except Exception as e:
+                error = e  # raised below, once no rank waits any more
+        if self.world_size > 1:
+            message = [None if error is None else f"{type(error).__name__}: {error}"]
+            dist.broadcast_object_list(message, src=0)
+            if message[0] and error is None:
+                raise RuntimeError(f"The {what} failed on rank 0: {message[0]}")
+            for tensor in tensors() if error is None else ():
+                dist.broadcast(tensor, src=0)
+        if error is not None:
+            raise error
+        return result
 
     def extra_columns(self) -> dict[str, float]:
         """Return our columns of this epoch; the same keys in every one."""
