@@ -60,13 +60,14 @@ class ClassFit:
     Attributes:
         weights (dict[str, Tensor]): Layer name → ``[V b]`` ``(C, d + 1)``, in the layer's dtype.
         report (FitReport): How they were found. Its ``refusal`` says why they should not be written.
-        foreground (list[int]): Rows of each class that were fitted on, over all layers.
+        shown (list[float]): The sum of each class's targets over all rows and layers. A class with less than 1 is not
+            fitted.
         engine (Engine): The engine, for its stopwatch.
     """
 
     weights: dict[str, Tensor]
     report: FitReport
-    foreground: list[int]
+    shown: list[float]
     engine: Engine
 
 
@@ -97,21 +98,25 @@ def fit_classes(
 
         fit, selection = (rows.collect(engine, counted(name), total) for name in ("fit", "selection"))
     engine.watch.lap("rows")
-    shown = sum((_shown(part) for parts in (fit, selection) for part in parts.values()), start=torch.zeros(()))
-    # A class that no row shows keeps its row: a detector's classes have nothing to do with each other.
-    classes = shown.nonzero()[:, 0] if rows.loss == "binary" else torch.arange(len(shown))
-    if not len(classes):
-        raise ValueError("There is nothing to fit on: no anchor point was assigned to an object.")
-    starts = priors(model, known)
-    weights, layers = {}, []
+    starts, weights, layers = priors(model, known), {}, []
+    shown = torch.zeros(len(model.names))  # type: ignore[arg-type]
     for layer in rows.layers:
-        parts = [Rows(p.inputs, p.targets[:, classes], p.weights) for p in (fit[layer.name], selection[layer.name])]
-        prior = starts[layer.name]
-        solved, told = fit_layer(layer, *parts, prior[classes], rows.loss, ridge, refit=True)
-        weight = affine_matrix(layer.module).clone()
-        weight[classes] = solved.to(weight)
-        weights[layer.name] = weight
-        layers.append(told)
+        parts = fit[layer.name], selection[layer.name]
+        targets = sum(_target_sums(part) for part in parts)
+        shown += targets
+        # The classes of a detector have nothing to do with each other: those that a level does not show are left out.
+        classes = (targets >= 1).nonzero()[:, 0] if rows.loss == "binary" else torch.arange(len(targets))
+        weight = starts[layer.name].clone()
+        weight[list(known)] = affine_matrix(layer.module).to(weight)[list(known)]
+        mass = sum(float(part.weights.sum()) for part in parts)
+        weight[[c for c in range(len(weight)) if c not in known], -1] = -math.log(2 * mass)  # as of half a row
+        if len(classes):
+            of = [Rows(part.inputs, part.targets[:, classes], part.weights) for part in parts]
+            weight[classes], told = fit_layer(layer, *of, starts[layer.name][classes], rows.loss, ridge, refit=True)
+            layers.append(told)
+        weights[layer.name] = weight.to(layer.module.weight.dtype)  # type: ignore[arg-type]
+    if not layers:
+        raise ValueError("There is nothing to fit on: no anchor point was assigned to an object.")
     engine.watch.lap("solve")
     heldout = engine.hold_out(images.batches("heldout"))
     before, after = heldout.before, heldout.loss(weights)
@@ -119,9 +124,9 @@ def fit_classes(
     finite = all(map(torch.Tensor.all, map(torch.isfinite, weights.values())))
     refusal = judge(layers, before, after) if finite and math.isfinite(before) else "a loss or weight is not finite"
     report = FitReport(tuple(layers), before, after, refusal, engine.watch.milliseconds)
-    return ClassFit(weights, report, shown.int().tolist(), engine)
+    return ClassFit(weights, report, shown.tolist(), engine)
 
 
-def _shown(rows: Rows) -> Tensor:
-    """Return how many rows show each class, ``(C,)``."""
-    return (rows.targets > 0).sum(0).cpu()
+def _target_sums(rows: Rows) -> Tensor:
+    """Return the sum of the targets of each class, ``(C,)``: how many objects' worth of rows show it."""
+    return rows.targets.sum(0).cpu()

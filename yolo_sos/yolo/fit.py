@@ -130,11 +130,6 @@ class CheckpointFit(CheckpointJob):
         """
         fit = fit_classes(self.model, self.images, self.known, self.ridge, self.seed, progress=True)
         names = self.data.names
-        if missing := [names[k] for k, rows in enumerate(fit.foreground) if not rows]:
-            raise ValueError(
-                f"No anchor point of the {len(self.images.sets['fit'])} images fitted on was assigned to "
-                f"{', '.join(map(repr, missing))}. Take more images (images=all), or larger ones (imgsz)."
-            )
         report = CheckpointFitReport(
             **vars(fit.report),
             model=str(self.checkpoint.path),
@@ -142,7 +137,7 @@ class CheckpointFit(CheckpointJob):
             output=None,
             images={name: len(of) for name, of in self.images.sets.items()},
             settings={"ridge": self.ridge, "add": self.add, "imgsz": self.data.args["imgsz"], "seed": self.seed},
-            classes=class_records(names, self.known, self.data.shown, fit.foreground, {}, {}),
+            classes=class_records(names, self.known, self.data.shown, fit.shown, {}, {}),
             metrics_before={},
             metrics_after={},
             old_before={},
@@ -151,6 +146,12 @@ class CheckpointFit(CheckpointJob):
         if report.refusal:
             LOGGER.warning(f"{PREFIX}Nothing was written: {report.refusal}.")
             return report
+        if missing := [names[k] for k, targets in enumerate(fit.shown) if targets < 1]:
+            raise ValueError(
+                f"Hardly any anchor point of the {report.images['fit'] + report.images['selection']} images fitted on "
+                f"is assigned to {', '.join(map(repr, missing))}: the boxes that the model predicts do not meet its "
+                "objects. Take more images (images=all), or larger ones (imgsz)."
+            )
         output, json, picture = self.outputs
         with atomic_path(output) as temporary:
             report = self._written(temporary, fit, report)
@@ -179,7 +180,7 @@ class CheckpointFit(CheckpointJob):
                 f"{report.heldout_before:.5g} before the fit. Nothing was written."
             )
         metrics, scores = self._scores(model) if self.splits else ({}, {})
-        classes = class_records(self.data.names, self.known, self.data.shown, fit.foreground, scores_before, scores)
+        classes = class_records(self.data.names, self.known, self.data.shown, fit.shown, scores_before, scores)
         old: list[dict[str, float]] = [{}, {}]
         if self.add:
             whole = append_classes(self.checkpoint.model.to(self.device), self.model)

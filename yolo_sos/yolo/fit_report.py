@@ -29,7 +29,8 @@ class ClassRecord:
         known (bool): Whether the model knew it by name.
         images (int): Training images that show it.
         boxes (int): Its boxes in the training images; of a classifier its images.
-        foreground (int): Rows that were fitted on, over all layers.
+        shown (float): The sum of its targets over the rows that were fitted on: each in [0, 1], by the overlap of the
+            predicted box.
         before (float | None): AP (mAP50-95, or the share of its images that a classifier gets right) on the val split
             of the model before; None where the class was unknown to it, or without ``val``.
         after (float | None): The same of the written file; None without ``val`` or without the class there.
@@ -39,7 +40,7 @@ class ClassRecord:
     known: bool
     images: int
     boxes: int
-    foreground: int
+    shown: float
     before: float | None
     after: float | None
 
@@ -87,10 +88,10 @@ class CheckpointFitReport(FitReport):
         for r in self.layers:
             rows.append([r.name, str(r.level), str(r.d), str(r.rows), f"{r.ridge:.4g}", f"{r.explained:.1%}"])
         lines = [*aligned(rows, left=1), ""]
-        rows = [["class", "images", "boxes", "rows", "val before", "after"]]
+        rows = [["class", "images", "boxes", "targets", "val before", "after"]]
         for c in self.classes:
             scores = ["" if x is None else f"{x:.3f}" for x in (c.before, c.after)]
-            rows.append([c.name, str(c.images), str(c.boxes), str(c.foreground), *scores])
+            rows.append([c.name, str(c.images), str(c.boxes), f"{c.shown:.0f}", *scores])
         lines += [*aligned(rows, left=1), ""]
         images = self.images["fit"] + self.images["selection"]
         seconds = sum(self.milliseconds.values()) / 1e3
@@ -150,7 +151,7 @@ def class_records(
     names: dict[int, str],
     known: dict[int, int],
     shown: Sequence[Sequence[int]],
-    foreground: Sequence[int],
+    fitted: Sequence[float],
     before: dict[int, float],
     after: dict[int, float],
 ) -> tuple[ClassRecord, ...]:
@@ -163,7 +164,7 @@ def class_records(
             images[c] += 1
     return tuple(
         ClassRecord(
-            name, k in known, images[k], boxes[k], foreground[k], before.get(k) if k in known else None, after.get(k)
+            name, k in known, images[k], boxes[k], fitted[k], before.get(k) if k in known else None, after.get(k)
         )
         for k, name in names.items()
     )

@@ -87,11 +87,11 @@ class Fitting(TrainerExtension):
         names = self.data["names"]
         self._fitted = {"refusal": report.refusal, "ridges": [layer.ridge for layer in report.layers]}
         told = {"explained": report.explained, **asdict(report)}
-        rows = {names[k]: rows for k, rows in enumerate(fit.foreground)}
-        write_text(self.save_dir / "fit.json", json.dumps(finite({**told, "rows": rows}), indent=2) + "\n")
+        shown = {names[k]: targets for k, targets in enumerate(fit.shown)}
+        write_text(self.save_dir / "fit.json", json.dumps(finite({**told, "shown": shown}), indent=2) + "\n")
         (LOGGER.warning if report.refusal else LOGGER.info)(f"{PREFIX}fit_head: {report}")
-        if unseen := [name for name, count in rows.items() if not count]:
-            LOGGER.warning(f"{PREFIX}fit_head leaves {', '.join(unseen)} as it is: no anchor point shows it.")
+        if unseen := [name for name, targets in shown.items() if targets < 1]:
+            LOGGER.warning(f"{PREFIX}fit_head: hardly an anchor point shows {', '.join(unseen)}, which is not fitted.")
 
     def _fit(self) -> ClassFit:
         view, _ = self.plain_images()
