@@ -86,7 +86,7 @@ def fit_classes(
         progress (bool): Whether to show a bar.
     """
     task = YoloTask(model)
-    rows = ClassRows(model, task, seed)
+    rows = ClassRows(model, task, seed, known)
     engine = Engine(model, rows.layers, task)
     total = sum(len(images.sets[name]) for name in ("fit", "selection"))
     with TQDM(total=total, desc="fit images", unit="img", disable=not progress) as bar:
@@ -104,13 +104,10 @@ def fit_classes(
         parts = fit[layer.name], selection[layer.name]
         targets = sum(_target_sums(part) for part in parts)
         shown += targets
-        # The classes of a detector have nothing to do with each other: those that a level does not show are left out.
-        classes = (targets >= 1).nonzero()[:, 0] if rows.loss == "binary" else torch.arange(len(targets))
         weight = starts[layer.name].clone()
-        weight[list(known)] = affine_matrix(layer.module).to(weight)[list(known)]
         mass = sum(float(part.weights.sum()) for part in parts)
         weight[[c for c in range(len(weight)) if c not in known], -1] = -math.log(2 * mass)  # as of half a row
-        if len(classes):
+        for classes in _groups(targets, known) if rows.loss == "binary" else [list(range(len(targets)))]:
             of = [Rows(part.inputs, part.targets[:, classes], part.weights) for part in parts]
             weight[classes], told = fit_layer(layer, *of, starts[layer.name][classes], rows.loss, ridge, refit=True)
             layers.append(told)
@@ -125,6 +122,16 @@ def fit_classes(
     refusal = judge(layers, before, after) if finite and math.isfinite(before) else "a loss or weight is not finite"
     report = FitReport(tuple(layers), before, after, refusal, engine.watch.milliseconds)
     return ClassFit(weights, report, shown.tolist(), engine)
+
+
+def _groups(targets: Tensor, known: dict[int, int]) -> list[list[int]]:
+    """Return the classes that a level shows, known and unknown ones apart: they need ridges of their own.
+
+    The classes of a detector have nothing to do with each other. Those that a level does not show are left out.
+    """
+    shown = [c for c, total in enumerate(targets.tolist()) if total >= 1]
+    groups = [c for c in shown if c in known], [c for c in shown if c not in known]
+    return [group for group in groups if group]
 
 
 def _target_sums(rows: Rows) -> Tensor:

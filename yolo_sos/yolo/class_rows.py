@@ -23,16 +23,18 @@ MOST = 200_000  # background rows of a layer: of many images, fewer each
 class Assignments:
     """Captures the targets that Ultralytics' assigners give to anchor points; a context manager.
 
-    A criterion assigns objects to anchor points by its predicted boxes and class scores. Here all scores are alike, so
-    that only the overlap of the boxes decides: scores of layers that are yet to be fitted say nothing.
+    A criterion assigns objects to anchor points by its predicted boxes and class scores. Here the scores of classes that
+    are yet to be fitted are all alike, so that only the overlap of the boxes decides: they say nothing.
 
     Args:
         criterion (Callable): Ultralytics' criterion of a model.
         branches (Iterable[str]): The branches of its head, each with an assigner of its own where there are several.
+        known (Iterable[int]): Classes whose scores say something.
     """
 
-    def __init__(self, criterion: Any, branches: Iterable[str]):
+    def __init__(self, criterion: Any, branches: Iterable[str], known: Iterable[int]):
         """Find the assigners."""
+        self._known = list(known)
         self._assigners: dict[str, nn.Module] = {b: getattr(criterion, b, criterion).assigner for b in branches}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._targets: dict[str, Tensor] = {}
@@ -42,7 +44,9 @@ class Assignments:
         for branch, assigner in self._assigners.items():
 
             def alike(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                return torch.full_like(args[0], 0.5), *args[1:]
+                scores = torch.full_like(args[0], 0.5)
+                scores[..., self._known] = args[0][..., self._known]
+                return scores, *args[1:]
 
             def keep(_: nn.Module, args: Any, output: tuple[Tensor, ...], branch: str = branch) -> None:
                 self._targets[branch] = output[2]  # soft class targets, (B, anchor points, C)
@@ -73,10 +77,12 @@ class ClassRows:
         model (nn.Module): The model.
         task (YoloTask): Its task.
         seed (int): Draws the background.
+        known (Iterable[int]): Classes whose scores take part in assigning objects to anchor points.
     """
 
-    def __init__(self, model: nn.Module, task: YoloTask, seed: int):
+    def __init__(self, model: nn.Module, task: YoloTask, seed: int, known: Iterable[int] = ()):
         """Find the layers."""
+        self._known = known
         self.task = task
         self.branches = class_layers(model)
         self.layers = [layer for of in self.branches.values() for layer in of]
@@ -103,7 +109,7 @@ class ClassRows:
 
             engine.run(batches, add, "rows")
         else:
-            with Assignments(self.task.criterion, self.branches) as assigned:
+            with Assignments(self.task.criterion, self.branches, self._known) as assigned:
 
                 def add(batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
                     self.task.loss(output, batch)  # which asks the assigners
