@@ -4,13 +4,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from ultralytics.utils import TQDM
 
-from yolo_sos.core import Engine, FitReport, Rows, affine_matrix, fit_layer, judge
+from yolo_sos.core import (
+    ROUGH,
+    Engine,
+    FitReport,
+    RidgeProblem,
+    Rows,
+    affine_matrix,
+    fit_layer,
+    judge,
+    temporary_weights,
+)
 from yolo_sos.yolo.class_rows import ClassRows
 from yolo_sos.yolo.classes import priors
 from yolo_sos.yolo.heads import YoloTask
@@ -18,6 +30,8 @@ from yolo_sos.yolo.images import ImageSample
 
 IMAGES = 300  # to fit on by default, a fourth of them to choose the ridge first
 PER_CLASS = 10  # images at least, of many classes
+FIRST = 4  # a part of the images to fit on gives the first weights, which then have a say in the assignment
+STRONG = 30  # of them the ridge is the strongest of a path by this: that is where paths have their least loss
 LEAST = 5  # images of each class among those to fit on, where there are as many
 HELD_OUT = 32  # others, which only the guard sees
 
@@ -86,19 +100,23 @@ def fit_classes(
         progress (bool): Whether to show a bar.
     """
     task = YoloTask(model)
-    rows = ClassRows(model, task, seed, known)
+    rows = ClassRows(model, task, seed)
     engine = Engine(model, rows.layers, task)
+    starts = priors(model, known)
     total = sum(len(images.sets[name]) for name in ("fit", "selection"))
-    with TQDM(total=total, desc="fit images", unit="img", disable=not progress) as bar:
+    some = math.ceil(total / FIRST)
+    with TQDM(total=total + some, desc="fit images", unit="img", disable=not progress) as bar:
 
-        def counted(name: str):
-            for batch in images.batches(name):
+        def counted(name: str, count: int | None = None):
+            for batch in images.batches(name, count):
                 yield batch
                 bar.update(len(batch["img"]))
 
-        fit, selection = (rows.collect(engine, counted(name), total) for name in ("fit", "selection"))
+        scores, scored = _first(rows, engine, counted("fit", some), some, known, starts)
+        with temporary_weights(rows.layers, scores):
+            fit, selection = (rows.collect(engine, counted(name), total, scored) for name in ("fit", "selection"))
     engine.watch.lap("rows")
-    starts, weights, layers = priors(model, known), {}, []
+    weights, layers = {}, []
     shown = torch.zeros(len(model.names))  # type: ignore[arg-type]
     for layer in rows.layers:
         parts = fit[layer.name], selection[layer.name]
@@ -122,6 +140,36 @@ def fit_classes(
     refusal = judge(layers, before, after) if finite and math.isfinite(before) else "a loss or weight is not finite"
     report = FitReport(tuple(layers), before, after, refusal, engine.watch.milliseconds)
     return ClassFit(weights, report, shown.tolist(), engine)
+
+
+def _first(
+    rows: ClassRows,
+    engine: Engine,
+    batches: Iterable[Any],
+    images: int,
+    known: dict[int, int],
+    starts: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], list[int]]:
+    """Return first weights of the class layers, from few images, and the classes whose scores they can tell.
+
+    Training assigns an object to the anchor points where its box and its class are predicted best; before anything is
+    fitted, only the box can decide.
+    """
+    if rows.loss == "softmax":
+        return {}, []
+    parts = rows.collect(engine, batches, images, known)
+    weights, scored = {}, set(known)
+    for layer in rows.layers:
+        part, weight = parts[layer.name], affine_matrix(layer.module)
+        for classes in _groups(_target_sums(part), known):
+            if not known.keys() & set(classes):
+                problem = RidgeProblem(
+                    replace(part, targets=part.targets[:, classes]), starts[layer.name][classes], "binary"
+                )
+                weight[classes] = problem.solve(problem.strongest_ridge() / STRONG, tolerance=ROUGH).weight.to(weight)
+                scored |= set(classes)
+        weights[layer.name] = weight
+    return weights, sorted(scored)
 
 
 def _groups(targets: Tensor, known: dict[int, int]) -> list[list[int]]:

@@ -23,8 +23,8 @@ MOST = 200_000  # background rows of a layer: of many images, fewer each
 class Assignments:
     """Captures the targets that Ultralytics' assigners give to anchor points; a context manager.
 
-    A criterion assigns objects to anchor points by its predicted boxes and class scores. Here the scores of classes that
-    are yet to be fitted are all alike, so that only the overlap of the boxes decides: they say nothing.
+    A criterion assigns objects to anchor points by its predicted boxes and class scores. Here the scores of classes
+    that are yet to be fitted are all alike, so that only the overlap of the boxes decides: they say nothing.
 
     Args:
         criterion (Callable): Ultralytics' criterion of a model.
@@ -77,25 +77,26 @@ class ClassRows:
         model (nn.Module): The model.
         task (YoloTask): Its task.
         seed (int): Draws the background.
-        known (Iterable[int]): Classes whose scores take part in assigning objects to anchor points.
     """
 
-    def __init__(self, model: nn.Module, task: YoloTask, seed: int, known: Iterable[int] = ()):
+    def __init__(self, model: nn.Module, task: YoloTask, seed: int):
         """Find the layers."""
-        self._known = known
         self.task = task
         self.branches = class_layers(model)
         self.layers = [layer for of in self.branches.values() for layer in of]
         self.loss = "softmax" if isinstance(task.head, Classify) else "binary"
         self._generator = torch.Generator().manual_seed(seed)
 
-    def collect(self, engine: Engine, batches: Iterable[Any], images: int) -> dict[str, Rows]:
+    def collect(
+        self, engine: Engine, batches: Iterable[Any], images: int, known: Iterable[int] = ()
+    ) -> dict[str, Rows]:
         """Run batches and return the rows of each class layer by its name.
 
         Args:
             engine (Engine): Runs the model.
             batches (Iterable): Ultralytics' batches, preprocessed.
             images (int): How many images they hold, at most.
+            known (Iterable[int]): Classes whose scores take part in assigning objects to anchor points.
         """
         parts: dict[str, list[Rows]] = {layer.name: [] for layer in self.layers}
         background = max(1, min(BACKGROUND, MOST // max(images, 1)))
@@ -109,7 +110,7 @@ class ClassRows:
 
             engine.run(batches, add, "rows")
         else:
-            with Assignments(self.task.criterion, self.branches, self._known) as assigned:
+            with Assignments(self.task.criterion, self.branches, known) as assigned:
 
                 def add(batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
                     self.task.loss(output, batch)  # which asks the assigners
