@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
@@ -27,6 +28,9 @@ class Fitting(TrainerExtension):
     Before the first epoch, and before a shift that is due then, the class layers of the live model and of its EMA,
     which are alike at that time, are fitted to the labels of some training images, seen without augmentation. A fit
     that gains nothing on held-out images is left out, which the log tells. A resumed run is not fitted again.
+
+    The fitted model is validated and saved as ``best.pt``, which an epoch replaces only if it is better: the first
+    epochs, whose images are augmented and whose batches normalise themselves, often are not.
     """
 
     _source: tuple[dict[int, str], list[Tensor]] = ({}, [])  # classes and class layers of the pretrained model
@@ -61,7 +65,25 @@ class Fitting(TrainerExtension):
         """Fit before the first epoch, ahead of the callbacks."""
         if self.sos.fit_head and event == "on_train_start" and not self.start_epoch:
             self._fit_everywhere()
+            if self.args.val and self.args.save:
+                self._save_as_best()
         super().run_callbacks(event)
+
+    def _save_as_best(self) -> None:
+        """Validate the model before the first epoch and save it as ``best.pt``; every rank takes part."""
+        self.epoch = -1  # none has been trained; Ultralytics counts from here on
+        images, _ = self.plain_images()
+        batch = self.preprocess_plain(images.collate_fn([images[0]]))
+        with torch.no_grad():  # Ultralytics' validation asks for the training's losses, and there are none yet
+            self.loss, self.loss_items = self.ema.ema.loss(batch)
+        self.metrics, self.fitness = self.validate()
+        self.loss = None
+        if RANK in {-1, 0}:
+            self.save_model()
+            self.last.unlink()  # an epoch of -1 is that of a training which has ended
+            LOGGER.info(
+                f"{PREFIX}the fitted model has a fitness of {self.fitness:.4g}, and is best.pt until it is beaten"
+            )
 
     def _fit_everywhere(self) -> None:
         models = [unwrap_model(self.model), self.ema.ema]
