@@ -32,7 +32,16 @@ ROOMS = {
     "experiment": (*SHARED, "core", "yolo", "data", "evaluate", "arguments", "trainers"),  # it trains
     "cli": (*SHARED, "core", "yolo", "analyze", "evaluate", "experiment", "recipes", "trainers", "arguments"),
 }
-WITHOUT_TORCH = ("boxes", "calibration", "coco", "coco_files", "plot", "report", "voc", "voc_files")  # of evaluate: arrays and files
+WITHOUT_TORCH = (
+    "boxes",
+    "calibration",
+    "coco",
+    "coco_files",
+    "plot",
+    "report",
+    "voc",
+    "voc_files",
+)  # of evaluate: arrays and files
 OPEN = {"yolo_sos.core", "yolo_sos.core.checks"}  # of core, to all; `checks` is a module of plain functions on settings
 
 

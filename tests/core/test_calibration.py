@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from yolo_sos.core import NoMapError, fit_logistic, fit_softmax, fold
-from yolo_sos.core.calibration import ENOUGH, OWN
+from yolo_sos.core.calibration import ENOUGH, OWN_MAP
 
 ONE = torch.zeros(600, dtype=torch.long)
 
@@ -94,7 +94,7 @@ def test_each_class_has_its_own_map_or_the_shared_one():
     shared = fit_logistic(zs, ts, cs, 4)
     for c in (0, 1):
         alone = fit_logistic(z[c], t[c], ONE, 1)
-        assert float(found.scale[c]) == float(alone.scale[0]) and found.status[c] == OWN
+        assert float(found.scale[c]) == float(alone.scale[0]) and found.status[c] == OWN_MAP
     assert torch.equal(found.scale[2:], shared.scale[2:]) and torch.equal(found.shift[2:], shared.shift[2:])
     assert found.status[2] == f"shared: {ENOUGH - 1} hits and {60 - ENOUGH + 1} misses, fewer than {ENOUGH} of one"
     assert found.status[3].startswith("shared: 0 hits")
@@ -153,7 +153,7 @@ def test_vector_scaling():
     scale, shift = torch.tensor([0.5, 1.0, 0.7, 1.5, 0.9]), torch.tensor([1.0, 0.0, -1.0, 0.5, -0.5])
     z, y = images(scale=scale, shift=shift)
     found = fit_softmax(z, y, per_class=True)
-    assert found.status == (OWN,) * 5
+    assert found.status == (OWN_MAP,) * 5
     best = optimize.minimize(
         lambda x: float(torch.nn.functional.cross_entropy(torch.tensor(x[:5]) * z + torch.tensor(x[5:]), y)),
         np.concatenate([np.ones(5), np.zeros(5)]),

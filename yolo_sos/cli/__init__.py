@@ -10,12 +10,12 @@ from importlib.metadata import version
 
 from yolo_sos import __version__
 from yolo_sos.builtin import CFG_DIR
-from yolo_sos.cli import analyze, evaluate, experiment, shift, stock, table, train
+from yolo_sos.cli import analyze, calibrate, evaluate, experiment, shift, stock, table, train
 from yolo_sos.cli.grammar import read, refusing
 
 __all__ = ["main"]
 
-OURS = [module.MODE for module in (train, shift, analyze, evaluate, experiment, table)]
+OURS = [module.MODE for module in (train, shift, calibrate, analyze, evaluate, experiment, table)]
 MODES = {mode.name: mode for mode in (*OURS, *stock.MODES)}
 HELP = f"""\
 yolo-sos: Ultralytics YOLO with stochastic optimum shifting (SOS)

@@ -40,6 +40,7 @@ _MODULES = {  # public name → module; imported when first asked for: reading s
     "ModelTask": "yolo_sos.core.tasks",
     "AffineMap": "yolo_sos.core.calibration",
     "NoMapError": "yolo_sos.core.calibration",
+    "OWN_MAP": "yolo_sos.core.calibration",
     "fit_logistic": "yolo_sos.core.calibration",
     "fit_softmax": "yolo_sos.core.calibration",
     "fold": "yolo_sos.core.calibration",

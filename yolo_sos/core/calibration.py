@@ -1,10 +1,11 @@
 # yolo-sos, AGPL-3.0
 """Calibration: an affine map on class scores that makes them probabilities, and its fold into a final layer.
 
-A detector's score is σ(z). ``fit_logistic`` finds the map ``z → a·z + b`` of least negative log-likelihood of hits (Platt,
-*Probabilistic Outputs for Support Vector Machines*, 1999), for all classes together or for each; ``fit_softmax`` finds
-that of a classifier, whose scores are softmax(z): one temperature, or a scale and a shift per class (Guo et al., *On
-Calibration of Modern Neural Networks*, ICML 2017). As the last layer is linear, ``fold`` puts the map into its weights.
+A detector's score is σ(z). ``fit_logistic`` finds the map ``z → a·z + b`` of least negative log-likelihood of hits
+(Platt, *Probabilistic Outputs for Support Vector Machines*, 1999), for all classes together or for each;
+``fit_softmax`` finds that of a classifier, whose scores are softmax(z): one temperature, or a scale and a shift per
+class (Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017). As the last layer is linear, ``fold`` puts
+the map into its weights.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 ENOUGH = 20
 ITERATIONS = 100  # of Newton's method, which takes five to ten where there is a minimum
 PRECISION = 1e-13  # of the mean log-likelihood: the fit ends where a Newton step promises no more
-OWN, SHARED = "own", "shared"
+OWN_MAP, SHARED = "own", "shared"
 
 
 class NoMapError(ValueError):
@@ -86,7 +87,7 @@ def fit_logistic(logits: Tensor, targets: Tensor, labels: Tensor, classes: int, 
             continue
         try:
             (scale[c], shift[c]), (scale_error[c], shift_error[c]) = _logistic(z[of], t[of])
-            status[c] = OWN
+            status[c] = OWN_MAP
         except NoMapError as e:
             status[c] = f"{SHARED}: {e}"
     return AffineMap(scale, shift, scale_error, shift_error, tuple(status))
@@ -129,7 +130,7 @@ def fit_softmax(logits: Tensor, labels: Tensor, per_class: bool = False) -> Affi
     counts = torch.bincount(labels, minlength=c)
     free = (counts >= ENOUGH).nonzero()[:, 0] if per_class else counts[:0].long()
     if per_class:
-        status = [OWN if m >= ENOUGH else f"{SHARED}: {m} images, fewer than {ENOUGH}" for m in counts.tolist()]
+        status = [OWN_MAP if m >= ENOUGH else f"{SHARED}: {m} images, fewer than {ENOUGH}" for m in counts.tolist()]
     if len(free) > 1:
         one_hot = torch.nn.functional.one_hot(labels, c).double()[:, free]
         zf, k = z[:, free], len(free)
@@ -215,9 +216,7 @@ def _check_rising(scale: Tensor, error: Tensor) -> None:
         )
 
 
-def _minimum(
-    objective: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], x: Tensor, n: int
-) -> tuple[Tensor, Tensor]:
+def _minimum(objective: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return the minimum of a convex function by Newton's method with a line search, and its standard errors.
 
     Args:

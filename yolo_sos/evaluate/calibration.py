@@ -6,14 +6,14 @@ A detection has a score p and a target t. At ``iou=0.5`` t is 1 if it is a true 
 belongs to a difficult object does not count. Only detections with ``p >= LEAST_SCORE`` take part: a detector returns
 hundreds of boxes per image below it, nearly all of them misses with a score near 0, in which any error would drown.
 
-- ECE: detections of all classes in ``BINS`` bins of equal width, ``Σ_bins (n_bin / n) |mean p − mean t|`` (Guo et al., *On
-  Calibration of Modern Neural Networks*, ICML 2017; for detections Küppers et al., *Multivariate Confidence Calibration
-  for Object Detection*, CVPR workshops 2020).
-- LaECE: the same for each class, in ``LA_BINS`` bins, with the IoU with its object as the target of a true positive, then
-  the mean over the classes with objects and detections (LaECE₀ of Kuzucu et al., *On Calibration of Object Detectors*,
-  ECCV 2024: every detection with an object of its class to itself is a true positive, whatever their IoU). They match
-  as COCO does, where a detection may take the second best object if the best is taken; here it belongs to the best,
-  and they leave out detections below a threshold of each detector's own, here ``LEAST_SCORE`` is that of all.
+- ECE: detections of all classes in ``BINS`` bins of equal width, ``Σ_bins (n_bin / n) |mean p − mean t|`` (Guo et al.,
+  *On Calibration of Modern Neural Networks*, ICML 2017; for detections Küppers et al., *Multivariate Confidence
+  Calibration for Object Detection*, CVPR workshops 2020).
+- LaECE: the same for each class, in ``LA_BINS`` bins, with the IoU with its object as the target of a true positive,
+  then the mean over the classes with objects and detections (LaECE₀ of Kuzucu et al., *On Calibration of Object
+  Detectors*, ECCV 2024: every detection with an object of its class to itself is a true positive, whatever their IoU).
+  They match as COCO does, where a detection may take the second best object if the best is taken; here it belongs to
+  the best. They leave out detections below a threshold of each detector's own; here ``LEAST_SCORE`` is that of all.
 - Brier: ``mean (p − t)²``. NLL: ``mean −t log p − (1 − t) log(1 − p)``, p no nearer to 0 and 1 than ``NEAREST``.
 """
 

@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""Precision-recall curves as a picture."""
+"""Precision-recall curves and reliability curves as pictures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from yolo_sos.evaluate.calibration import Reliability
 from yolo_sos.evaluate.voc import VOCResult
 from yolo_sos.files import atomic_path
 
@@ -63,6 +64,39 @@ def plot_curves(
         legend = figure.legend(lines, runs, loc="outside lower center", fontsize=8)
         for text in legend.get_texts():
             text.set_parse_math(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def plot_reliability(
+    path: str | Path, curves: Sequence[tuple[str, Reliability, Reliability]], target: str = "share of hits"
+) -> None:
+    """Draw reliability curves before and after a calibration, with the number of detections in each bin below.
+
+    Args:
+        path (str | Path): The picture; its suffix says what kind.
+        curves (Sequence): Title, reliability before and after; a column of panels each.
+        target (str): What the scores should be the probability of.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * len(curves), 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(curves), sharex=True, squeeze=False, height_ratios=(3, 1))
+    for (title, *both), (curve, counts) in zip(curves, axes.T, strict=True):
+        curve.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="--")
+        for i, (name, r) in enumerate(zip(("before", "after"), both, strict=True)):
+            filled = r.count > 0
+            label = f"{name}: ECE {r.ece:.4f}"
+            curve.plot(r.score[filled], r.target[filled], "o-", markersize=4, color=f"C{i}", label=label)
+            counts.stairs(r.count, np.linspace(0, 1, len(r.count) + 1), color=f"C{i}", linewidth=1.2)
+        curve.set_title(title, fontsize=10, parse_math=False)
+        curve.set(xlim=(0, 1), ylim=(0, 1), ylabel=target)
+        curve.legend(fontsize=9, loc="upper left")
+        counts.set(yscale="log", xlabel="score", ylabel="number")
+        for axis in (curve, counts):
+            axis.grid(alpha=0.3)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
 

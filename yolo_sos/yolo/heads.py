@@ -79,6 +79,24 @@ def layers_of_kinds(layers: Sequence[FinalLayer], kinds: Iterable[str]) -> list[
     return chosen
 
 
+def predicting_layers(model: nn.Module) -> dict[bool | None, list[FinalLayer]]:
+    """Return the layers whose outputs become scores, by branch of the head: the class layers, or a classifier's layer.
+
+    Returns:
+        (dict): False → those of the one-to-many branch and True → those of the one-to-one branch, of a head that has
+            both; else None → those of the only one.
+    """
+    layers = {layer.module: layer for layer in final_layers(model)}
+    head = head_of(model)
+    if isinstance(head, Classify):
+        return {None: list(layers.values())}
+    branches = {
+        name == "one2one": [layers[_last(tower)] for tower in branch["cls_head"]]
+        for name, branch in _branches(head).items()
+    }
+    return branches if len(branches) > 1 else {None: next(iter(branches.values()))}  # type: ignore[return-value]
+
+
 def _branches(head: Detect) -> dict[str, dict[str, Sequence[nn.Module]]]:
     """Return the branches of a Detect head that exist, by name: fusing removes one."""
     branches = {"one2many": head.one2many}
