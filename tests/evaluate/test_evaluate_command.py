@@ -213,7 +213,7 @@ def test_the_tool_is_the_command():
     out = subprocess.check_output([sys.executable, TOOLS / "eval_voc.py", "--help"], text=True)
     assert "python tools/eval_voc.py --weights runs/*/best.pt --data data.yaml" in out and "yolo-sos eval" not in out
     options = {f"--{name.replace('_', '-')}" for name in vars(command.parse(["--weights", "a", "--data", "b"]))}
-    assert len(options) == 19 and options <= set(re.findall(r"--[a-z-]+", out))
+    assert len(options) == 21 and options <= set(re.findall(r"--[a-z-]+", out))
 
 
 @pytest.fixture
@@ -350,7 +350,7 @@ def test_class_names_are_checked_before_a_model_runs(tmp_path, monkeypatch):
     content = {"images": [{"id": 1}], "categories": [{"id": 1, "name": "w/o"}], "annotations": []}
     (tmp_path / "a.json").write_text(json.dumps(content))
     (tmp_path / "d.json").write_text("[]")
-    monkeypatch.setattr(command, "voc_ap", None)
+    monkeypatch.setattr(command, "voc_result", None)
     with pytest.raises(ValueError, match="class 'w/o' cannot be part of a file's name"):
         command.run(detections=tmp_path / "d.json", annotations=tmp_path / "a.json", save_voc=tmp_path / "out")
 

@@ -17,6 +17,7 @@ SOURCES = (
 )
 METRICS = (
     Argument("iou", 0.5, "float", "IoU threshold of the devkit's metric"),
+    Argument("precision", 0.9, "float", "precision that a threshold on the score is reported for, by class"),
     Argument("coco_backend", "pycocotools", "str", "pycocotools, or a faster one of the extra eval"),
 )
 MODEL = (
@@ -32,6 +33,7 @@ OUTPUT = (
     Argument("json", None, "str", "file for all numbers, with settings and versions"),
     Argument("markdown", None, "str", "file for the command, the table and its notes"),
     Argument("plot", None, "str", "file for precision-recall curves: .pdf, .png or .svg"),
+    Argument("reliability", None, "str", "file for reliability curves: .pdf, .png or .svg"),
     Argument("save_coco", None, "str", "folder for detections.json and annotations.json"),
     Argument("save_voc", None, "str", "folder for comp4_det_{split}_{class}.txt"),
 )

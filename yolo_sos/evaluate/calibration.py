@@ -25,12 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from yolo_sos.evaluate.voc import Curve, Matches
+from yolo_sos.evaluate.voc import Curve, Matches, voc_result
 
 LEAST_SCORE = 0.01
 BINS = 15
 LA_BINS = 25
 NEAREST = 2.0**-24  # where float32 no longer tells a score from 0 or 1
+NOT_JUDGED = f"scores are not between 0 and 1, or none is at least {LEAST_SCORE:g}."
 SOFT_IOUS = tuple(0.5 + 0.05 * i for i in range(10))
 
 
@@ -165,6 +166,45 @@ def classifier_reliability(probabilities: np.ndarray, labels: np.ndarray) -> Rel
     one_hot[rows, labels] = 1.0
     nll = -np.log(np.maximum(p[rows, labels], NEAREST)).mean()
     return replace(found, nll=float(nll), brier=float(((p - one_hot) ** 2).sum(1).mean()))
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What `yolo-sos eval` says of scores as probabilities.
+
+    Attributes:
+        reliability (Reliability): Errors and curve.
+        thresholds (list[dict[str, float]]): See ``thresholds``.
+    """
+
+    reliability: Reliability
+    thresholds: list[dict[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {**self.reliability.to_dict(), "thresholds": self.thresholds}
+
+
+def calibration_of(matches: Matches, iou: float, precision: float) -> Calibration | None:
+    """Judge detections as they are; None if ``NOT_JUDGED`` is true of them."""
+    if len(matches) and (matches.score.min() < 0 or matches.score.max() > 1):
+        return None
+    samples = samples_of(matches, iou)
+    if not len(samples):
+        return None
+    return Calibration(reliability(samples, matches.truth.positives()), thresholds(matches, precision, iou))
+
+
+def thresholds(matches: Matches, precision: float, iou: float = 0.5) -> list[dict[str, float]]:
+    """Return, by class, the threshold on the score of ``best_f1`` with its ``f1``, and that of ``threshold_of``.
+
+    The latter is called ``precision``, and comes with its ``recall``. Detections of any score take part.
+    """
+    found = []
+    for curve in voc_result(matches, iou).curves:
+        (at_f1, f1), (at_precision, recall) = best_f1(curve), threshold_of(curve, precision)
+        found.append({"best_f1": at_f1, "f1": f1, "precision": at_precision, "recall": recall})
+    return found
 
 
 def best_f1(curve: Curve) -> tuple[float, float]:

@@ -37,6 +37,7 @@ from yolo_sos import __version__
 from yolo_sos.builtin import resolve_data
 from yolo_sos.data.voc import read_image_set
 from yolo_sos.evaluate.boxes import Detections, GroundTruth
+from yolo_sos.evaluate.calibration import NOT_JUDGED, Calibration, calibration_of
 from yolo_sos.evaluate.coco import BACKENDS, coco_ap, load_backend
 from yolo_sos.evaluate.coco_files import (
     read_coco_detections,
@@ -44,15 +45,15 @@ from yolo_sos.evaluate.coco_files import (
     write_coco_detections,
     write_coco_truth,
 )
-from yolo_sos.evaluate.plot import plot_curves
-from yolo_sos.evaluate.report import Scores, notes, report_json, table
-from yolo_sos.evaluate.voc import VOCResult, voc_ap
+from yolo_sos.evaluate.plot import plot_curves, plot_reliability
+from yolo_sos.evaluate.report import Scores, calibration_tables, notes, report_json, table
+from yolo_sos.evaluate.voc import Matches, VOCResult, voc_result
 from yolo_sos.evaluate.voc_files import check_class_files, read_voc_detections, write_voc_detections
 from yolo_sos.files import write_text
 
 COMMAND = "yolo-sos eval"
 PICTURES = (".pdf", ".png", ".svg")
-OUTPUTS = ("json", "markdown", "plot", "save_coco", "save_voc")
+OUTPUTS = ("json", "markdown", "plot", "reliability", "save_coco", "save_voc")
 # What bad input raises; what a full disk or a bug raises keeps its traceback.
 BAD_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
 BAD_INPUT = (ValueError, ImportError, *BAD_PATH)
@@ -78,6 +79,7 @@ def parser(command: str = COMMAND) -> argparse.ArgumentParser:
 
     metric = parser.add_argument_group("metrics")
     metric.add_argument("--iou", type=float, default=0.5, help="IoU threshold of the devkit's metric (%(default)s)")
+    metric.add_argument("--precision", type=float, default=0.9, help="to report a threshold for (%(default)s)")
     metric.add_argument("--coco-backend", choices=BACKENDS, default="pycocotools", help="COCO's package (%(default)s)")
 
     model = parser.add_argument_group("running the model; what is not given is as in Ultralytics' val")
@@ -93,6 +95,7 @@ def parser(command: str = COMMAND) -> argparse.ArgumentParser:
     output.add_argument("--json", metavar="FILE", type=Path, help="all numbers, with settings and versions")
     output.add_argument("--markdown", metavar="FILE", type=Path, help="the command, the table and its notes")
     output.add_argument("--plot", metavar="FILE", type=Path, help="precision-recall curves, " + " ".join(PICTURES))
+    output.add_argument("--reliability", metavar="FILE", type=Path, help="reliability curves, " + " ".join(PICTURES))
     output.add_argument("--save-coco", metavar="DIR", type=Path, help="write detections.json and annotations.json")
     output.add_argument("--save-voc", metavar="DIR", type=Path, help="write comp4_det_{split}_{class}.txt")
     return parser
@@ -111,10 +114,12 @@ def parse(argv: Sequence[str], command: str = COMMAND) -> argparse.Namespace:
         raise ValueError("--weights needs --data, which says where the images are")
     if args.detections and not (args.annotations or args.data):
         raise ValueError("--detections needs a ground truth: --annotations, or --data with one")
-    if args.plot and args.plot.suffix not in PICTURES:
-        raise ValueError(f"--plot: the suffix of '{args.plot}' must be one of {', '.join(PICTURES)}")
-    if not 0 < args.iou <= 1:
-        raise ValueError(f"--iou: must be above 0 and at most 1, not {args.iou:g}")
+    for flag, picture in ("--plot", args.plot), ("--reliability", args.reliability):
+        if picture and picture.suffix not in PICTURES:
+            raise ValueError(f"{flag}: the suffix of '{picture}' must be one of {', '.join(PICTURES)}")
+    for flag, value in ("--iou", args.iou), ("--precision", args.precision):
+        if not 0 < value <= 1:
+            raise ValueError(f"{flag}: must be above 0 and at most 1, not {value:g}")
     for flag, value in ("--conf", args.conf), ("--nms-iou", args.nms_iou):
         if not 0 <= value <= 1:
             raise ValueError(f"{flag}: must be at least 0 and at most 1, not {value:g}")
@@ -183,13 +188,14 @@ def evaluate(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Check all inputs, evaluate one source after the other, write and show the numbers, and return the report."""
     load_backend(args.coco_backend)
     sources = _expand(args.weights or args.detections)
-    folders = [args.save_coco, args.save_voc, *(path.parent for path in (args.json, args.markdown, args.plot) if path)]
+    files = [args.json, args.markdown, args.plot, args.reliability]
+    folders = [args.save_coco, args.save_voc, *(path.parent for path in files if path)]
     for folder in filter(None, folders):  # better refused now than after the models have run
         folder.mkdir(parents=True, exist_ok=True)
     truth = _ground_truth(args)
     if args.save_voc:
         check_class_files(truth.classes)
-    if args.plot:
+    if args.plot or args.reliability:
         import matplotlib  # noqa: F401
     if args.weights:
         from yolo_sos.evaluate.detections import load_detector
@@ -198,6 +204,7 @@ def evaluate(args: argparse.Namespace, command: str) -> dict[str, Any]:
             load_detector(path, truth)  # for its checks: better now than after the others have run
 
     runs, results = [], []
+    curves: dict[str, Calibration | None] = {}
     for i, path in enumerate(sources, start=1):
         found, details = _run_model(path, truth, args) if args.weights else (_read(path, truth, args.split), {})
         part = str(i) if len(sources) > 1 else ""
@@ -206,9 +213,12 @@ def evaluate(args: argparse.Namespace, command: str) -> dict[str, Any]:
             write_coco_detections(args.save_coco / part / "detections.json", truth, found)
         if args.save_voc:
             write_voc_detections(args.save_voc / part, truth, found, args.split)
-        results.append(voc_ap(truth, found, args.iou))
+        matches = Matches.of(truth, found)
+        results.append(voc_result(matches, args.iou))
+        judged = curves[str(path)] = calibration_of(matches, args.iou, args.precision)
+        details["calibration"] = judged.to_dict() if judged else None
         runs.append(_score(str(path), truth, found, results[-1], args.coco_backend, details))
-    return _show(truth, runs, results, args, command)
+    return _show(truth, runs, results, curves, args, command)
 
 
 def _score(
@@ -225,10 +235,16 @@ def _score(
 
 
 def _show(
-    truth: GroundTruth, runs: Sequence[Scores], results: Sequence[VOCResult], args: argparse.Namespace, command: str
+    truth: GroundTruth,
+    runs: Sequence[Scores],
+    results: Sequence[VOCResult],
+    curves: dict[str, Calibration | None],
+    args: argparse.Namespace,
+    command: str,
 ) -> dict[str, Any]:
     """Write the numbers, print the table, and draw the picture last: if it fails, no number is lost."""
-    text = table(truth, runs)
+    tables = [table(truth, runs), calibration_tables(truth.classes, runs, args.precision)]
+    text = "\n".join(filter(None, tables))
     remarks = notes(truth, args.iou, len(runs)) + (_model_notes(runs, args.clip) if args.weights else [])
     settings = {k: v for k, v in vars(args).items() if k not in OUTPUTS}
     packages = ("numpy", "ultralytics", "torch", "pycocotools", args.coco_backend)
@@ -242,6 +258,11 @@ def _show(
         write_text(args.markdown, f"# Evaluation\n\n    {command}\n\n{text}\n{listed}\n")
     if args.plot:
         plot_curves(args.plot, truth.classes, results, [run.name for run in runs])
+    if args.reliability:
+        found = {name: c.reliability for name, c in curves.items() if c}
+        if not found:
+            raise ValueError(f"--reliability: {args.reliability} has nothing to show: {NOT_JUDGED}")
+        plot_reliability(args.reliability, {"all classes": found})
     return report
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,13 +69,13 @@ def plot_curves(
 
 
 def plot_reliability(
-    path: str | Path, curves: Sequence[tuple[str, Reliability, Reliability]], target: str = "share of hits"
+    path: str | Path, curves: Mapping[str, Mapping[str, Reliability]], target: str = "share of hits"
 ) -> None:
-    """Draw reliability curves before and after a calibration, with the number of detections in each bin below.
+    """Draw reliability curves, with the number of detections in each bin below.
 
     Args:
         path (str | Path): The picture; its suffix says what kind.
-        curves (Sequence): Title, reliability before and after; a column of panels each.
+        curves (Mapping): Title of a column of panels → name of a line in it → what it shows.
         target (str): What the scores should be the probability of.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -84,17 +84,18 @@ def plot_reliability(
     figure = Figure(figsize=(4.6 * len(curves), 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(curves), sharex=True, squeeze=False, height_ratios=(3, 1))
-    for (title, *both), (curve, counts) in zip(curves, axes.T, strict=True):
+    for (title, lines), (curve, counts) in zip(curves.items(), axes.T, strict=True):
         curve.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="--")
-        for i, (name, r) in enumerate(zip(("before", "after"), both, strict=True)):
+        for i, (name, r) in enumerate(lines.items()):
             filled = r.count > 0
-            label = f"{name}: ECE {r.ece:.4f}"
+            label = f"{name if len(name) <= 24 else '…' + name[-23:]}: ECE {r.ece:.4f}"
             curve.plot(r.score[filled], r.target[filled], "o-", markersize=4, color=f"C{i}", label=label)
             counts.stairs(r.count, np.linspace(0, 1, len(r.count) + 1), color=f"C{i}", linewidth=1.2)
         curve.set_title(title, fontsize=10, parse_math=False)
         curve.set(xlim=(0, 1), ylim=(0, 1), ylabel=target)
-        curve.legend(fontsize=9, loc="upper left")
-        counts.set(yscale="log", xlabel="score", ylabel="number")
+        for text in curve.legend(fontsize=9, loc="upper left").get_texts():
+            text.set_parse_math(False)
+        counts.set(yscale="log", ylim=(0.7, None), xlabel="score", ylabel="number")
         for axis in (curve, counts):
             axis.grid(alpha=0.3)
     with atomic_path(path) as temporary:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from yolo_sos.evaluate.boxes import GroundTruth
+from yolo_sos.evaluate.calibration import BINS, LA_BINS, LEAST_SCORE
 from yolo_sos.evaluate.voc import mean_ap
 from yolo_sos.files import finite
 from yolo_sos.markdown import markdown_table, mean_std
@@ -53,6 +54,27 @@ def table(truth: GroundTruth, runs: Sequence[Scores]) -> str:
         by_run = [[r.name, *(_cell([mean]) for mean in r.means().values())] for r in runs]
         text += "\n" + markdown_table([["run", *metrics], *by_run])
     return text
+
+
+def calibration_tables(classes: Sequence[str], runs: Sequence[Scores], precision: float) -> str:
+    """Lay out calibration errors by run, and thresholds by class, as aligned Markdown.
+
+    Runs without ``calibration`` in their details have none; where no run has any, the text is empty.
+    """
+    found = [(r.name, r.details["calibration"]) for r in runs if r.details.get("calibration")]
+    if not found:
+        return ""
+    errors = ("ECE", "LaECE", "NLL", "Brier")
+    rows = [[name, str(c["samples"]), *(f"{c[e]:.4f}" for e in errors)] for name, c in found]
+    if len(found) > 1:
+        rows.append(["**mean**", "", *(_cell([c[e] for _, c in found]) for e in errors)])
+    text = markdown_table([["run", "detections", *errors], *rows]) + "\n"
+    keys = ("best_f1", "f1", "precision", "recall")
+    heads = ("best F1 at", "F1", f"precision {precision:g} at", "recall")
+    by_class = [
+        [n, *(_cell([c["thresholds"][k][key] for _, c in found]) for key in keys)] for k, n in enumerate(classes)
+    ]
+    return text + markdown_table([["class", *heads], *by_class])
 
 
 def report_json(truth: GroundTruth, runs: Sequence[Scores], **header: Any) -> dict[str, Any]:
@@ -99,6 +121,11 @@ def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
         "Ultralytics interpolates linearly between the points of the curve before it averages at 101 recalls, and "
         "leaves difficult objects out of its labels, so that a detection on one is false.",
     ]
+    lines.append(
+        f"ECE, LaECE, NLL and Brier score take detections with a score of at least {LEAST_SCORE:g}; a hit is a true "
+        f"positive of VOC at IoU {iou:g}. ECE has {BINS} bins for all classes together; LaECE has {LA_BINS} for each, "
+        "and the IoU with its object as the target of a hit. A threshold for a precision is the lowest that gives it."
+    )
     lines += truth.remarks
     if repeated := np.count_nonzero(truth.repeated() & ~truth.difficult):
         lines.append(

@@ -76,6 +76,24 @@ class CheckpointCalibration(CheckpointJob):
         self.truths = {self.split: self._truth(self.split)}
         self.judge = self._judge()
 
+    @classmethod
+    def outputs_of(cls, path: Path) -> list[Path]:
+        """Return the files that a calibration of a checkpoint writes."""
+        return [path.with_name(name.format(path.stem)) for name in cls.names]
+
+    @classmethod
+    def after(cls, job: CheckpointJob, path: Path, seen: Pass) -> CalibrationReport:
+        """Calibrate a checkpoint that another job has written, with that job's data, and with the defaults.
+
+        Args:
+            job (CheckpointJob): The job; it has made sure that ``outputs_of(path)`` may be written.
+            path (Path): The checkpoint.
+            seen (Pass): What the checkpoint finds in the images of the val split: they are not run again.
+        """
+        args = job.data.args
+        options = {k: args[k] for k in ("imgsz", "batch", "device")}
+        return cls(path, args["data"], **options, seed=job.seed, exist_ok=True).run(seen)
+
     def run(self, seen: Pass | None = None) -> CalibrationReport:
         """Calibrate, and write the result unless the guard forbids it.
 

@@ -123,9 +123,10 @@ class CalibrationReport:
         maps = [{"branch": b.name, **b.to_dict()["mapping"]} for b in self.branches]
         return {"settings": self.settings, "maps": maps}
 
-    def curves(self) -> list[tuple[str, Reliability, Reliability]]:
-        """Return what to draw: a title, and the reliability before and after, of each branch."""
-        return [(f"{b.name or 'all classes'}, {b.judged_on['split']} split", b.before, b.after) for b in self.branches]
+    def curves(self) -> dict[str, dict[str, Reliability]]:
+        """Return what ``plot_reliability`` draws: the reliability before and after, of each branch."""
+        titles = [f"{b.name or 'all classes'}, {b.judged_on['split']} split" for b in self.branches]
+        return {t: {"before": b.before, "after": b.after} for t, b in zip(titles, self.branches, strict=True)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""

@@ -17,13 +17,11 @@ from yolo_sos.evaluate.calibration import (
     LEAST_SCORE,
     NEAREST,
     Reliability,
-    best_f1,
     classifier_reliability,
     reliability,
     samples_of,
-    threshold_of,
+    thresholds,
 )
-from yolo_sos.evaluate.voc import voc_result
 from yolo_sos.yolo.images import draw
 from yolo_sos.yolo.recording import Pass, matches_of
 
@@ -80,11 +78,7 @@ class DetectorEvidence:
 
     def thresholds(self, precision: float) -> list[dict[str, float]]:
         """Return, by class, thresholds on the score of best F1 and of a wanted precision at an IoU of 0.5."""
-        found = []
-        for curve in voc_result(self.matches).curves:
-            (at_f1, f1), (at_precision, recall) = best_f1(curve), threshold_of(curve, precision)
-            found.append({"best_f1": at_f1, "f1": f1, "precision": at_precision, "recall": recall})
-        return found
+        return thresholds(self.matches, precision)
 
 
 class ClassifierEvidence:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,10 @@ class Pass:
     conf: float
     max_det: int
 
+    def of(self, which: int) -> Pass:
+        """Return what it gave for one set of weights, as if the model had them."""
+        return Pass([self.metrics[which]], [self.records[which]], self.conf, self.max_det)
+
 
 def record(
     validator: type[Any],
@@ -136,14 +140,16 @@ def branch_arguments(one2one: bool) -> dict[str, Any]:
 
 
 def read_truth(args: dict[str, Any], split: str) -> GroundTruth:
-    """Return the objects of a split of a detector's data set: those of its VOC XML, or of its labels.
+    """Return the objects of a split of a detector's data set: those of its VOC XML, which has boxes, or of its labels.
 
     Args:
         args (dict): Arguments of a validation: data, task and single_cls.
         split (str): The split.
     """
-    truth = read_data_set(args["data"], split, args["task"]).truth()
-    return as_trained(truth, None, bool(args["single_cls"]))
+    data_set = read_data_set(args["data"], split, args["task"])
+    if args["task"] != "detect":
+        data_set = replace(data_set, xml=[])
+    return as_trained(data_set.truth(), None, bool(args["single_cls"]))
 
 
 def matches_of(truth: GroundTruth, records: list[tuple[str, np.ndarray]], task: str) -> Matches:
@@ -153,6 +159,7 @@ def matches_of(truth: GroundTruth, records: list[tuple[str, np.ndarray]], task: 
     rows = np.concatenate([rows for _, rows in records])
     score, label, columns = rows[:, 0], rows[:, 1].astype(int), rows[:, 2:]
     if task != "obb":
+        columns[:, 2:] = np.maximum(columns[:, 2:], columns[:, :2])  # a head without DFL can turn a box inside out
         return Matches.of(truth, Detections.build(truth, image, label, score, snap(columns)))
     order = np.argsort(truth.image, kind="stable")  # labels of an image come in the order of its objects
     first = np.searchsorted(truth.image[order], np.arange(len(truth.images)))
