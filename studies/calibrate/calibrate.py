@@ -2,7 +2,7 @@
 # yolo-sos, AGPL-3.0
 """Calibrations of detectors, compared on the same detections: errors, mAP and thresholds on the test split.
 
-    python studies/calibrate/calibrate.py bccd --data bccd.yaml --imgsz 192 seed0.pt seed1.pt seed2.pt
+    python studies/calibrate/calibrate.py bccd seed0.pt seed1.pt seed2.pt --data bccd.yaml --imgsz 192
 
 runs each model once on each split, keeps its matched detections in --cache, and writes studies/calibrate/bccd.json and
 prints its table. Each arm is fitted on the val split or on the training images, and judged on the test split:
@@ -12,12 +12,14 @@ prints its table. Each arm is fitted on the val split or on the training images,
 - ``shared``: z → a·z + b for all classes, what ``yolo-sos calibrate`` does.
 - ``per class``: a map for each class with enough hits and misses, ``per_class=true``: Platt's scaling of each class.
 - ``shared, soft``: as ``shared``, for the mean of the hits over IoU 0.5 to 0.95, ``iou=soft``.
+- ``from 0.001``, ``from 0.1``: as ``shared``, fitted on detections of at least that score instead of 0.01.
 - ``isotonic``: scikit-learn's isotonic regression of hits on the score, a bound: it does not fold into a layer.
 
 Errors are those of ``yolo_sos.evaluate.calibration``, all at IoU 0.5, of the detections that scored at least 0.01
-before the map. mAP50-95 is the mean of the devkit's AP over ten thresholds, of detections that score at least 0.001
-after it, as Ultralytics' val has it. What a map lifts above 0.001 is not among them: only the written file shows it,
-so --check runs ``yolo-sos calibrate`` for the first model, too, and compares.
+before the map; ECE once more of those of at least 0.1, which are few and hidden among the others. mAP50-95 is the mean
+of the devkit's AP over ten thresholds, of detections that score at least 0.001 after the map, as Ultralytics' val has
+it. What a map lifts above 0.001 is not among them: only the written file shows it, so --check runs ``yolo-sos
+calibrate`` for the first model, too, and compares.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ from yolo_sos.yolo.evidence import logit
 from yolo_sos.yolo.recording import matches_of, read_truth, record
 
 FOLDER = Path(__file__).parent
-COLUMNS = ("ECE", "LaECE", "NLL", "Brier", "mAP50-95", "best-F1 threshold", "spread", "F1")
+COLUMNS = ("ECE", "ECE from 0.1", "LaECE", "NLL", "Brier", "mAP50-95", "best-F1 threshold", "spread", "F1")
+ARMS = ("temperature", "shared", "per class", "shared, soft", "from 0.001", "from 0.1", "isotonic")
 LEAST = 0.001  # Ultralytics' least confidence in val
 Map = Callable[[np.ndarray, np.ndarray], np.ndarray]  # scores and labels → scores
 
@@ -92,7 +95,9 @@ def temperature(z: np.ndarray, t: np.ndarray) -> float:
 
 def fitted(arm: str, on: Matches) -> tuple[Map, dict[str, Any]]:
     """Fit an arm on detections; return its map, and its parameters where it has few."""
-    s = samples_of(on, "soft" if "soft" in arm else 0.5)
+    classes = len(on.truth.classes)
+    least = np.full(classes, float(arm.removeprefix("from "))) if "from" in arm else None
+    s = samples_of(on, "soft" if "soft" in arm else 0.5, least)
     if arm == "none":
         return lambda score, label: score, {}
     if arm == "isotonic":
@@ -102,7 +107,7 @@ def fitted(arm: str, on: Matches) -> tuple[Map, dict[str, Any]]:
         a = temperature(logit(s.score).numpy(), s.target)
         return lambda score, label: torch.sigmoid(a * logit(score)).numpy(), {"a": a}
     targets, labels = torch.from_numpy(s.target), torch.from_numpy(s.label)
-    mapping = fit_logistic(logit(s.score), targets, labels, len(on.truth.classes), arm == "per class")
+    mapping = fit_logistic(logit(s.score), targets, labels, classes, arm == "per class")
     own = sum(status == "own" for status in mapping.status)
     about: dict[str, Any] = {"classes with a map of their own": own}
     if arm != "per class":
@@ -113,14 +118,16 @@ def fitted(arm: str, on: Matches) -> tuple[Map, dict[str, Any]]:
 
 def judge(test: Matches, arm: Map) -> dict[str, float]:
     """Return the figures of an arm."""
-    samples = samples_of(test)
-    errors = reliability(samples.scored(arm(samples.score, samples.label)), test.truth.positives()).errors()
+    samples, positives = samples_of(test), test.truth.positives()
+    after = samples.scored(arm(samples.score, samples.label))
+    errors = reliability(after, positives).errors()
+    errors["ECE from 0.1"] = reliability(after[samples.score >= 0.1], positives).ece
     mapped = replace(test, score=arm(test.score, test.label))
     mapped = mapped[mapped.score >= LEAST]
     at = thresholds(mapped, 0.9)
-    best = [t["best_f1"] for t in at if not np.isnan(t["best_f1"])]
+    best = [t["best_f1"] for t in at if t["f1"] > 0]  # of the classes that are found at all
     ap = fmean(mean_ap(voc_result(mapped, iou).ap) for iou in SOFT_IOUS)
-    f1 = fmean(t["f1"] for t in at if not np.isnan(t["f1"]))
+    f1 = fmean(np.nan_to_num(t["f1"]) for t, n in zip(at, positives, strict=True) if n)
     return {**errors, "mAP50-95": ap, "best-F1 threshold": fmean(best), "spread": float(np.std(best)), "F1": f1}
 
 
@@ -168,11 +175,7 @@ def main() -> None:
             return cached(args.cache / f"{args.name}-{seed}-{split}.npz", make)
 
         test = seen("test")
-        for split, arms in (
-            ("", ("none",)),
-            ("val", ("temperature", "shared", "per class", "shared, soft", "isotonic")),
-            ("train", ("temperature", "shared", "per class", "shared, soft", "isotonic")),
-        ):
+        for split, arms in (("", ("none",)), ("val", ARMS), ("train", ARMS)):
             on = seen(split) if split else test
             for arm in arms:
                 mapping, about = fitted(arm, on)

@@ -138,7 +138,8 @@ def test_shift_declares_what_a_checkpoint_job_takes():
     from yolo_sos.yolo.job import IMAGES, ShiftJob
 
     settings = {key: SCHEMA[f"sos_{key}"].default for key in SHIFT_SETTINGS}
-    assert declared("shift") == {**parameters(ShiftJob), **settings, "images": IMAGES, "sweep": False}
+    own = {"images": IMAGES, "sweep": False, "calibrate": False}
+    assert declared("shift") == {**parameters(ShiftJob), **settings, **own}
     assert set(MODES["shift"].also) == {f"sos_{key}" for key in SHIFT_SETTINGS}
 
 

@@ -24,7 +24,7 @@ from yolo_sos.cli import calibrate as command
 from yolo_sos.core import affine_matrix, fit_logistic, fold
 from yolo_sos.core.calibration import AffineMap
 from yolo_sos.evaluate.boxes import Detections
-from yolo_sos.evaluate.calibration import LEAST_SCORE
+from yolo_sos.evaluate.calibration import LEAST_SCORE, reliability
 from yolo_sos.yolo import Checkpoint, CheckpointCalibration, calibrate_checkpoint, recording, score
 from yolo_sos.yolo.evidence import DetectorEvidence, logit
 from yolo_sos.yolo.heads import predicting_layers
@@ -150,6 +150,26 @@ def test_the_same_again_gives_the_same(weights, data, contents):
     assert calibrate_checkpoint(path, data, exist_ok=True).to_json() == first.to_json()
     again = contents(path.parent)
     assert all(again[name] == files[name] for name in NAMES if not name.endswith(".png"))
+
+
+def test_detections_that_fall_below_the_least_confidence_count(weights, data):
+    """A detector that is unsure of everything: the map takes much of what scores 0.01 below 0.001."""
+    path = weights()
+    checkpoint = Checkpoint(path)
+    half, none = torch.full((10,), 0.4), torch.zeros(10)
+    layers = [layer for of in predicting_layers(checkpoint.model).values() for layer in of]
+    checkpoint.save(path, {layer.name: fold(affine_matrix(layer.module), half, none) for layer in layers}, {})
+    (branch,) = calibrate_checkpoint(path, data, exist_ok=True).branches
+    mapping = branch.mapping
+    assert float((mapping.scale[0] * math.log(0.01 / 0.99) + mapping.shift[0]).sigmoid()) < 0.0005
+    assert branch.detections[1] < branch.detections[0]
+    checkpoint, args = Checkpoint(path), arguments(data, split="test")
+    seen = record(checkpoint.validator, args, checkpoint.model)
+    found = DetectorEvidence(read_truth(args, "test"), seen.records[0], "detect", 0.5)
+    p = mapping(logit(found.samples.score), torch.from_numpy(found.samples.label)).sigmoid().numpy()
+    expected = reliability(found.samples.scored(p))
+    assert abs(branch.after.samples - expected.samples) <= 20  # rounding moves some across the least confidence
+    assert branch.after.nll == pytest.approx(expected.nll, rel=0.01) and branch.after.nll < branch.before.nll
 
 
 def test_without_a_test_split_two_halves_judge_each_other(weights, without_test):

@@ -62,6 +62,11 @@ class Samples:
         """Return some of them, by index or by mask."""
         return Samples(*(column[chosen] for column in vars(self).values()))
 
+    def __add__(self, other: Samples) -> Samples:
+        """Return both together."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Samples(*(np.concatenate(pair) for pair in pairs))
+
     def scored(self, score: np.ndarray) -> Samples:
         """Return the same with other scores."""
         return Samples(**{**vars(self), "score": score})

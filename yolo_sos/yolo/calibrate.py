@@ -147,15 +147,19 @@ class CheckpointCalibration(CheckpointJob):
         judged = record(run[0], {**args, "split": self.judge}, self.model, [weights])
         truth = self.truths[self.judge]
         before = evidence(judged, 0, truth, task, self.iou)
-        after = evidence(judged, 1, truth, task, self.iou, fitted_on.least_mapped(mapping))
+        after = evidence(judged, 1, truth, task, self.iou)
         crossed = self.judge == self.split
+        if crossed:
+            errors = fitted_on.cross_fitted(self.per_class, self.seed)
+        else:
+            errors = after.after(before, mapping, judged.conf)
         branch = BranchReport(
             name={None: "", True: "one-to-one branch", False: "one-to-many branch"}[one2one],
             mapping=mapping,
             fitted_on={"split": self.split, "images": fitted_on.images, "samples": len(fitted_on)},
             judged_on={"split": self.judge, "images": before.images, "crossed": crossed},
             before=before.reliability(),
-            after=fitted_on.cross_fitted(self.per_class, self.seed) if crossed else after.reliability(),
+            after=errors,
             metrics_before=judged.metrics[0],
             metrics_after=judged.metrics[1],
             thresholds_before=before.thresholds(self.precision),

@@ -34,21 +34,13 @@ class DetectorEvidence:
         records (list): The detections, see ``Recording``.
         task (str): ``detect``, ``segment``, ``pose`` or ``obb``.
         iou (float | str): What a hit is, see ``samples_of``.
-        least (np.ndarray, optional): Least score of each class that takes part. None: ``LEAST_SCORE``.
     """
 
-    def __init__(
-        self,
-        truth: GroundTruth,
-        records: list[tuple[str, np.ndarray]],
-        task: str,
-        iou: float | str,
-        least: np.ndarray | None = None,
-    ):
+    def __init__(self, truth: GroundTruth, records: list[tuple[str, np.ndarray]], task: str, iou: float | str):
         """Match the detections."""
-        self.truth, self.images = truth, len(records)
+        self.truth, self.images, self.iou = truth, len(records), iou
         self.matches = matches_of(truth, records, task)
-        self.samples = samples_of(self.matches, iou, least)
+        self.samples = samples_of(self.matches, iou)
 
     def __len__(self) -> int:
         """Return the number of detections that take part."""
@@ -72,9 +64,22 @@ class DetectorEvidence:
             score[of] = mapping(logit(s.score), torch.from_numpy(s.label)).sigmoid().numpy()
         return reliability(self.samples.scored(score), self.truth.positives())
 
-    def least_mapped(self, mapping: AffineMap) -> np.ndarray:
-        """Return what a map makes of ``LEAST_SCORE``, by class: with it, the same detections take part as before."""
-        return mapping(logit(np.full(len(self.truth.classes), LEAST_SCORE))).sigmoid().numpy()
+    def after(self, before: DetectorEvidence, mapping: AffineMap, conf: float) -> Reliability:
+        """Judge the scores of a mapped model, of the same detections as before.
+
+        These are the detections above what the map makes of ``LEAST_SCORE``. Some of them can be below the detector's
+        least confidence now, so that it does not return them: they count with the score that the map gives them.
+
+        Args:
+            before (DetectorEvidence): The detections of the model as it was.
+            mapping (AffineMap): The map.
+            conf (float): Least confidence of a detection.
+        """
+        least = mapping(logit(np.full(len(self.truth.classes), LEAST_SCORE))).sigmoid().numpy()
+        was = before.samples
+        mapped = was.scored(mapping(logit(was.score), torch.from_numpy(was.label)).sigmoid().numpy())
+        samples = samples_of(self.matches, self.iou, np.maximum(least, conf)) + mapped[mapped.score < conf]
+        return reliability(samples, self.truth.positives())
 
     def thresholds(self, precision: float) -> list[dict[str, float]]:
         """Return, by class, thresholds on the score of best F1 and of a wanted precision at an IoU of 0.5."""
@@ -112,24 +117,20 @@ class ClassifierEvidence:
             p[of] = self.fit(per_class, ~of)(self.logits[of]).softmax(1).numpy()
         return classifier_reliability(p, self.labels.numpy())
 
-    def least_mapped(self, mapping: AffineMap) -> None:
-        """Return None: every image takes part."""
+    def after(self, before: ClassifierEvidence, mapping: AffineMap, conf: float) -> Reliability:
+        """Judge the scores of a mapped model: every image takes part."""
+        return self.reliability()
 
     def thresholds(self, precision: float) -> list[dict[str, float]]:
         """Return an empty list: a classifier's first choice needs no threshold."""
         return []
 
 
-Evidence = DetectorEvidence | ClassifierEvidence
-
-
-def evidence(
-    seen: Pass, which: int, truth: GroundTruth | None, task: str, iou: float | str, least: Any = None
-) -> Evidence:
-    """Return the evidence of one set of weights of a validation; ``truth`` is None for a classifier."""
+def evidence(seen: Pass, which: int, truth: GroundTruth | None, task: str, iou: float | str) -> Any:
+    """Return the evidence of one set of weights of a validation, of a classifier where ``truth`` is None."""
     if truth is None:
         return ClassifierEvidence(seen.records[which])
-    return DetectorEvidence(truth, seen.records[which], task, iou, least)
+    return DetectorEvidence(truth, seen.records[which], task, iou)
 
 
 def logit(score: np.ndarray) -> Tensor:
