@@ -26,6 +26,7 @@ from yolo_sos.core.calibration import AffineMap
 from yolo_sos.evaluate.boxes import Detections
 from yolo_sos.evaluate.calibration import LEAST_SCORE, reliability
 from yolo_sos.yolo import Checkpoint, CheckpointCalibration, calibrate_checkpoint, recording, score
+from yolo_sos.yolo.calibrate_report import BranchReport
 from yolo_sos.yolo.evidence import DetectorEvidence, logit
 from yolo_sos.yolo.heads import predicting_layers
 from yolo_sos.yolo.recording import branch_arguments, matches_of, read_truth, record
@@ -232,6 +233,25 @@ def test_the_fold_maps_the_scores_of_every_head(model_of, data_of, name, task):
                 assert np.sort(two.score[after]) == pytest.approx(mapping(z, labels).sigmoid().numpy(), abs=1e-5)
                 assert np.sort(two.overlap[after]) == pytest.approx(np.sort(one.overlap[before]), abs=1e-4)
     assert all(torch.equal(v, state[k]) for k, v in checkpoint.model.state_dict().items())
+
+
+def test_two_branches_have_a_map_each(model_of, data_of, monkeypatch):
+    """Plumbing only: an untrained model has nothing to fit, so the maps are given, and no guard asks for less loss."""
+    data = data_of("detect")
+    path = model_of("yolo26n.yaml", data)
+    maps = [AffineMap(*(torch.full((10,), x).double() for x in (a, 0.5, 0, 0)), ("shared",) * 10) for a in (0.8, 0.9)]
+    given = iter(maps)
+    monkeypatch.setattr(DetectorEvidence, "fit", lambda *_: next(given))
+    monkeypatch.setattr(BranchReport, "refusals", lambda self: [])
+    report = calibrate_checkpoint(path, data, imgsz=64)
+    assert [b.name for b in report.branches] == ["one-to-many branch", "one-to-one branch"]
+    assert report.branches[0].before.samples != report.branches[1].before.samples
+    old, new = Checkpoint(path), Checkpoint(report.output)
+    for layers, mapping in zip(predicting_layers(old.model).values(), maps, strict=True):
+        for layer in layers:
+            expected = fold(affine_matrix(layer.module), mapping.scale, mapping.shift).half().float()
+            assert torch.equal(affine_matrix(new.model.get_submodule(layer.name)), expected)
+    assert "one-to-one branch" in report.table() and path.with_name("best-reliability.png").is_file()
 
 
 def test_owners_of_oriented_boxes_are_those_of_ultralytics(model_of, data_of):
