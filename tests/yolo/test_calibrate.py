@@ -180,6 +180,18 @@ def test_without_a_test_split_two_halves_judge_each_other(weights, without_test)
     assert branch.before.samples == branch.after.samples == branch.fitted_on["samples"]
 
 
+def test_a_test_split_without_labels_does_not_judge(weights, data, tmp_path, caplog):
+    """As of COCO, whose test labels are not published."""
+    content = yaml.safe_load(data.read_text())
+    shutil.copytree(Path(content["path"]) / content["train"], tmp_path / "images/test")
+    path = tmp_path / "unlabelled.yaml"
+    fields = {k: v for k, v in content.items() if k != "voc"}
+    path.write_text(yaml.safe_dump({**fields, "test": str(tmp_path / "images/test")}))
+    (branch,) = calibrate_checkpoint(weights(), path).branches
+    assert branch.judged_on["split"] == "val" and branch.judged_on["crossed"]
+    assert "the test split cannot be judged on" in caplog.text
+
+
 def test_images_of_the_training_split(weights, data):
     (branch,) = calibrate_checkpoint(weights(), data, split="train", images=12).branches
     assert (branch.fitted_on["split"], branch.fitted_on["images"]) == ("train", 12)
