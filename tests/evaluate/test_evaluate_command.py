@@ -488,5 +488,6 @@ def test_bench_measures_every_contender():
 
 
 def test_the_judge_imports_nothing_of_the_trainer():
-    code = "import sys, yolo_sos.evaluate as e; [getattr(e, n) for n in dir(e)]; print({'torch', 'ultralytics', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, yolo_sos.evaluate as e; [getattr(e, name) for name in dir(e)]; "
+    code += "print({'torch', 'ultralytics', 'matplotlib'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

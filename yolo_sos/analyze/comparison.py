@@ -16,7 +16,7 @@ from ultralytics.utils.torch_utils import select_device
 
 from yolo_sos.analyze.collapse import Collapse, class_layers, collect
 from yolo_sos.analyze.estimate import Estimate
-from yolo_sos.analyze.figures import collapse_figure, landscape_figure, spectrum_figure, trace_figure
+from yolo_sos.analyze.figures import collapse_figure, landscape_figure, spectrum_figure, trace_figure, verdict
 from yolo_sos.analyze.hessian import Subject, Trace, largest_eigenvalue, traces
 from yolo_sos.analyze.landscape import interpolation, loss_at, slices
 from yolo_sos.analyze.options import SCOPES, AnalyzeOptions
@@ -188,7 +188,7 @@ def render(result: dict[str, Any], folder: Path) -> None:
     sections += [spectrum_figure(model, folder, i) for i, model in enumerate(result["models"])]
     if all("landscape" in model for model in result["models"]):
         sections.append(landscape_figure(result, folder))
-    write_report(folder, result, sections)
+    write_report(folder, result, verdict(result), sections)
 
 
 def differences(names: Sequence[str], sampled: Sequence[dict[str, Trace]]) -> list[dict[str, Any]]:
