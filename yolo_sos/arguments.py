@@ -14,7 +14,7 @@ import yaml
 
 from yolo_sos.builtin import resolve_cfg
 from yolo_sos.config import KEYS, SCHEMA, check_keys, setting_type
-from yolo_sos.core.checks import Check, number
+from yolo_sos.core.checks import Check, invalid, number
 
 # Keys that Ultralytics takes beside those of its defaults: it translates them, or drops them with a warning.
 DEPRECATED = (
@@ -45,6 +45,19 @@ class Argument:
 def at_least(least: int) -> Check:
     """Return a check that accepts an integer of at least ``least``."""
     return number(f"an integer of at least {least}", lambda x: x >= least, integer=True)
+
+
+def several(what: str) -> Check:
+    """Return a check that accepts ``what``: one, or several in a list or with commas between them."""
+
+    def check(key: str, value: Any) -> list[str]:
+        given = value.removeprefix("[").removesuffix("]").split(",") if isinstance(value, str) else value
+        found = [str(item).strip() for item in (given if isinstance(given, (list, tuple)) else [given])]
+        if not found or not all(found):
+            raise invalid(key, value, f"{what} with commas between them")
+        return found
+
+    return check
 
 
 def option(default: Any, text: str, check: Check | None = None, section: str = "") -> Any:

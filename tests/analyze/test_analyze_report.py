@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused_before_the_first_image(pair, checkpoint, t
         ({"model": [first, single]}, r"best.pt was trained with single_cls=False and .*single.pt with single_cls=True"),
         ({"model": [first, classifier]}, r"with task=detect and .*classifier.pt with task=classify"),
         ({"model": [first, first]}, r"best.pt is given twice"),
-        ({"model": f"{first},"}, r"names no checkpoint"),
+        ({"model": f"{first},"}, r"best.pt,' is invalid: model must be checkpoints with commas"),
         ({"model": first, "scope": "head"}, r"'scope=head' is invalid: scope must be one of all, before, final"),
         ({"model": first, "probes": 1}, r"'probes=1' is invalid"),
         ({"model": first, "images": 0}, r"'images=0' is invalid"),

@@ -14,6 +14,7 @@ from ultralytics.utils import LOGGER, YAML, colorstr
 from yolo_sos.analyze.collapse import MEASURES
 from yolo_sos.analyze.figures import TITLES, panels, save
 from yolo_sos.analyze.report import Section, digits, labels, number, save_dir, write_report
+from yolo_sos.arguments import several
 from yolo_sos.core.checks import boolean
 from yolo_sos.versions import versions
 
@@ -29,10 +30,7 @@ def columns(measured: dict[str, float] | None = None) -> dict[str, float]:
 
 
 def read_curve(run: str | Path) -> Curve:
-    """Return what a run measured of itself.
-
-    Args:
-        run (str | Path): Its folder, or its results.csv.
+    """Return what a run measured of itself, by its folder or its results.csv.
 
     Raises:
         FileNotFoundError: If it has no results.csv.
@@ -103,8 +101,7 @@ class Curves:
         exist_ok: bool = False,
     ):
         """Read the curves."""
-        given = str(runs).split(",") if isinstance(runs, (str, Path)) else runs
-        paths = [Path(str(run).strip()) for run in given]
+        paths = [Path(run) for run in several("folders")("runs", runs)]
         curves = [read_curve(path) for path in paths]
         folders = [path if path.is_dir() else path.parent for path in paths]
         self.curves = dict(zip(labels(folders), curves, strict=True))

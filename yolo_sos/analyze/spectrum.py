@@ -61,10 +61,7 @@ def spectrum_methods(weighting: str) -> list[tuple[Method, int]]:
 def layer_spectrum(engine: Engine, layer: FinalLayer, weighting: str) -> dict[str, Any]:
     """Return what is known of the inputs of one final layer, as plain values.
 
-    Args:
-        engine (Engine): One of ``spectrum_methods(weighting)`` that has been fitted.
-        layer (FinalLayer): One of its layers.
-        weighting (str): The weighting that shifts use.
+    The engine is one of ``spectrum_methods(weighting)`` and has been fitted.
 
     Returns:
         (dict): ``name``, ``kind`` and ``level`` of the layer; ``d``, length of an input row; ``rows`` seen; ``norm``,

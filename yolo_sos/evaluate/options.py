@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_sos.arguments import Options, at_least, option
+from yolo_sos.arguments import Options, at_least, option, several
 from yolo_sos.builtin import resolve_data
 from yolo_sos.core.checks import boolean, invalid, number, optional
 
@@ -15,16 +15,6 @@ PICTURES = (".pdf", ".png", ".svg")
 SECTIONS = SOURCES, METRICS, MODEL, OUTPUT = "What to judge:", "Metrics:", "To run a model:", "Output:"
 _iou = number("a number above 0 and up to 1", lambda x: 0 < x <= 1)
 _share = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
-
-
-def _paths(key: str, value: Any) -> list[str] | None:
-    """Accept one path, or several: a list, or with commas between them."""
-    if value is None:
-        return None
-    paths = [str(p).strip() for p in (value if isinstance(value, (list, tuple)) else str(value).split(","))]
-    if not all(paths):
-        raise invalid(key, value, "paths with commas between them")
-    return paths
 
 
 def _text(key: str, value: Any) -> str | None:
@@ -50,10 +40,13 @@ class EvalOptions(Options):
     """The options, checked as far as they can be without the files."""
 
     model: str | list | None = option(
-        None, "checkpoints to run, also weights=; with commas between them, or a pattern", _paths, SOURCES
+        None,
+        "checkpoints to run, also weights=; with commas between them, or a pattern",
+        optional(several("paths")),
+        SOURCES,
     )
     detections: str | list | None = option(
-        None, "instead: COCO results (.json), or a folder of the devkit's files", _paths, SOURCES
+        None, "instead: COCO results (.json), or a folder of the devkit's files", optional(several("paths")), SOURCES
     )
     data: str | None = option(None, "data set: class names, images, ground truth", _data, SOURCES)
     annotations: str | None = option(
