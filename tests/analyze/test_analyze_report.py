@@ -16,8 +16,8 @@ from PIL import Image
 
 from yolo_sos.analyze import Comparison, Curves, analyze_checkpoints, comparison, figures, hessian, spectrum
 from yolo_sos.analyze.curves import columns
-from yolo_sos.analyze.figures import verdict
 from yolo_sos.analyze.report import digits, number
+from yolo_sos.analyze.verdict import verdict
 from yolo_sos.core import weight_matrix
 from yolo_sos.versions import versions
 from yolo_sos.yolo import memory

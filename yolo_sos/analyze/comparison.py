@@ -16,12 +16,13 @@ from ultralytics.utils.torch_utils import select_device
 
 from yolo_sos.analyze.collapse import Collapse, class_layers, collect
 from yolo_sos.analyze.estimate import Estimate
-from yolo_sos.analyze.figures import collapse_figure, landscape_figure, spectrum_figure, trace_figure, verdict
+from yolo_sos.analyze.figures import collapse_figure, landscape_figure, spectrum_figure, trace_figure
 from yolo_sos.analyze.hessian import Subject, Trace, largest_eigenvalue, traces
 from yolo_sos.analyze.landscape import interpolation, loss_at, slices
 from yolo_sos.analyze.options import SCOPES, AnalyzeOptions
 from yolo_sos.analyze.report import labels, save_dir, write_report
 from yolo_sos.analyze.spectrum import layer_spectrum, spectrum_methods
+from yolo_sos.analyze.verdict import verdict
 from yolo_sos.arguments import several
 from yolo_sos.core import Engine, Method, as_float64, weight_matrix
 from yolo_sos.versions import versions

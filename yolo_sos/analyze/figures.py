@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""The figures of a comparison, each with the sentences and the table that belong to it, and the verdict above them."""
+"""The figures of a comparison, each with the sentences and the table that belong to it."""
 
 from __future__ import annotations
 
@@ -58,42 +58,6 @@ def _bars(ax: Any, models: Sequence[dict[str, Any]], estimates: Sequence[Sequenc
         ax.bar(xs, heights, 0.75 / len(models), color=f"C{i}", label=model["name"])
         ax.errorbar(xs, heights, errors, fmt="none", color="black", capsize=3, linewidth=1)
         ax.set_xlim(-0.5, len(of) - 0.5)
-
-
-def verdict(result: dict[str, Any]) -> list[str]:
-    """Return what a comparison found, in a sentence for every model but the first; of one alone, what a shift does."""
-    first, *others = result["models"]
-    if not others:
-        i = next(i for i, s in enumerate(first["spectrum"][0]["settings"]) if (s["setting"], s["value"]) == HALF)
-        ratio, deviation = _overall(first["spectrum"], i)
-        return [
-            f"A shift of {first['name']} to half of each layer's directions (principal) would multiply the squared "
-            f"norm of the final layers' weights by {ratio:.2f}, and change their outputs by up to {deviation:.1%}."
-        ]
-    found = []
-    block = list(first["trace"])[-1]  # all parameters, unless only a part was measured
-    for model, change in zip(others, result["differences"], strict=True):
-        changes = [change["trace"][block][key] for key in ("gauss_newton", "hessian")]
-        signs = {e["estimate"] > 0 for e in changes if e["resolved"]}
-        curves = {
-            frozenset({False}): "curves less",
-            frozenset({True}): "curves more",
-            frozenset(): "curves neither measurably more nor less",
-        }.get(frozenset(signs), "curves less by one measure and more by the other")
-        shares = [f"{WHAT[k]} trace {_share(change, first, block, k)}" for k in ("gauss_newton", "hessian")]
-        ratio = (model["weight_norm"] / first["weight_norm"]) ** 2 if first["weight_norm"] else 1.0
-        found.append(
-            f"The loss of {model['name']} {curves} than that of {first['name']} around their weights "
-            f"({' and '.join(shares)}, {WHERE[block]}); it is {number(model['loss'])} against {number(first['loss'])} "
-            f"per training image, and the squared norm of the final layers' weights is {ratio:.2f} times as large."
-        )
-    return found
-
-
-def _share(change: dict[str, Any], first: dict[str, Any], block: str, key: str) -> str:
-    """Return a difference as a share of the first model's trace, with its standard error."""
-    e, scale = change["trace"][block][key], abs(first["trace"][block][key]["estimate"]) or 1.0
-    return f"{e['estimate'] / scale:+.1%} ± {e['stderr'] / scale:.1%}"
 
 
 # Curvature ------------------------------------------------------------------------------------------------------------
@@ -220,9 +184,6 @@ def _place(collapse: dict[str, Any]) -> str:
 
 
 # Spectrum -------------------------------------------------------------------------------------------------------------
-HALF = ("sos_rank", 0.5)
-
-
 def spectrum_figure(model: dict[str, Any], folder: Path, index: int = 0) -> Section:
     """Draw the spectrum of each final layer's inputs against the weights, with what each setting would do."""
     layers = model["spectrum"]
@@ -253,7 +214,7 @@ def spectrum_figure(model: dict[str, Any], folder: Path, index: int = 0) -> Sect
     for i, s in enumerate(settings):
         of = [layer["settings"][i] for layer in layers]
         cells = [f"×{o['squared_norm_ratio']:.2f}, {o['deviation']:.1%}" for o in of]
-        ratio, worst = _overall(layers, i)
+        ratio, worst = overall(layers, i)
         rows.append([f"{s['setting']}={s['value']:g}", *cells, f"×{ratio:.2f}, ≤ {worst:.1%}"])
     header = ["", *(f"{layer['kind']} {layer['level'] + 1}" for layer in layers), "all layers"]
     path = save(fig, folder / f"spectrum-{index + 1}.png")
@@ -282,7 +243,7 @@ def _draw_spectrum(ax: Any, layer: dict[str, Any]) -> None:
     ax.set_xlabel("rank kept")
 
 
-def _overall(layers: Sequence[dict[str, Any]], index: int) -> tuple[float, float]:
+def overall(layers: Sequence[dict[str, Any]], index: int) -> tuple[float, float]:
     """Return what a setting does to all layers: the factor of their squared norm, the largest change of outputs."""
     norms, of = [layer["norm"] ** 2 for layer in layers], [layer["settings"][index] for layer in layers]
     kept = sum(n * o["squared_norm_ratio"] for n, o in zip(norms, of, strict=True))

@@ -13,6 +13,7 @@ from yolo_sos.core.checks import boolean, invalid, number, optional
 
 PICTURES = (".pdf", ".png", ".svg")
 SECTIONS = SOURCES, METRICS, MODEL, OUTPUT = "What to judge:", "Metrics:", "To run a model:", "Output:"
+_paths = optional(several("paths"))
 _iou = number("a number above 0 and up to 1", lambda x: 0 < x <= 1)
 _share = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 
@@ -42,11 +43,11 @@ class EvalOptions(Options):
     model: str | list | None = option(
         None,
         "checkpoints to run, also weights=; with commas between them, or a pattern",
-        optional(several("paths")),
+        _paths,
         SOURCES,
     )
     detections: str | list | None = option(
-        None, "instead: COCO results (.json), or a folder of the devkit's files", optional(several("paths")), SOURCES
+        None, "instead: COCO results (.json), or a folder of the devkit's files", _paths, SOURCES
     )
     data: str | None = option(None, "data set: class names, images, ground truth", _data, SOURCES)
     annotations: str | None = option(
