@@ -442,6 +442,7 @@ def test_only_models_of_one_training_are_averaged(capsys, tmp_path, data, weight
         "seed1": {"train_args": {"seed": 1, "name": "b"}, "sos": default},  # the defaults are what stock has
         "longer": {"train_args": {"seed": 2, "epochs": 9}},
         "shifted": {"train_args": {"seed": 0, "name": "a"}, "sos": {**default, **shift}},
+        "fitted": {"train_args": {"seed": 2}, "sos": {**default, "fits": [{"images": 8}]}},
         "unknown": {"train_args": {}},
     }
     for name, content in made.items():
@@ -460,6 +461,7 @@ def test_only_models_of_one_training_are_averaged(capsys, tmp_path, data, weight
         (("seed0", "longer"), "epochs"),
         (("seed0", "shifted"), "shift"),
         (("seed0", "seed0", "seed1"), None),  # one file twice is one model
+        (("seed0", "fitted"), "operations"),
         (("seed0", "unknown"), "imgsz"),
     ):
         report, out = evaluate(*names)

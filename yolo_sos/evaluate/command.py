@@ -160,7 +160,10 @@ def _difference(checkpoints: Sequence[dict[str, Any]]) -> str:
         args, ours = ckpt.get("train_args") or {}, ckpt.get(CHECKPOINT_KEY) or {}
         given = {k: v for k, v in args.items() if k not in OF_ONE_RUN}
         shifts = [shift.get("settings") for shift in ours.get("shifts", ())]  # of `yolo-sos shift`; None in a training
-        settings.append({**SOSConfig().to_dict(), **given, **ours.get("settings", {}), "shift": shifts[-1:]})
+        # Whatever an operation of yolo-sos has recorded tells it from a model without that operation.
+        done = sorted(key for key, value in ours.items() if value and key not in ("version", "settings"))
+        own = {**SOSConfig().to_dict(), **ours.get("settings", {}), "shift": shifts[-1:], "operations": done}
+        settings.append({**given, **own})
     keys = sorted({key for one in settings for key in one})
     differ = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
     seeds = [(ckpt.get("train_args") or {}).get("seed") for ckpt in checkpoints]
