@@ -154,22 +154,6 @@ def test_experiment_and_table_declare_what_they_call():
     assert declared("table") == parameters(ResultTable)
 
 
-def test_analyze_declares_what_it_calls():
-    from dataclasses import fields
-
-    from yolo_sos.analyze.options import AnalyzeOptions
-
-    options = {f.name: f.default for f in fields(AnalyzeOptions)}
-    assert declared("analyze") == {"model": None, "data": None, "runs": None, **options}
-
-
-def test_eval_declares_what_it_calls():
-    from yolo_sos.evaluate.command import parser
-
-    flags = {a.dest: False if a.nargs == 0 else a.default for a in parser()._actions if a.dest != "help"}
-    assert {("weights" if k == "model" else k): v for k, v in declared("eval").items()} == flags
-
-
 # Files ---------------------------------------------------------------------------------------------------------------
 
 

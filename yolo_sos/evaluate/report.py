@@ -49,16 +49,19 @@ def table(truth: GroundTruth, runs: Sequence[Scores]) -> str:
     counts = [str(truth.positives().sum()), str(difficult.sum()) if truth.difficult_known else "?"]
     rows.append(["**mean**", *counts, *(_cell([r.means()[m] for r in runs]) for m in metrics)])
     text = markdown_table(rows)
-    if len(runs) > 1:
-        by_run = [[r.name, *(_cell([mean]) for mean in r.means().values())] for r in runs]
-        text += "\n" + markdown_table([["run", *metrics], *by_run])
-    return text
+    return f"{text}\n{_by_run(runs)}" if len(runs) > 1 else text
 
 
-def report_json(truth: GroundTruth, runs: Sequence[Scores], **header: Any) -> dict[str, Any]:
-    """Return header, ground truth, means, standard deviations (of several runs) and each run, as JSON can hold them.
+def tables(truth: GroundTruth, runs: Sequence[Scores]) -> str:
+    """Lay out AP by class and metric, a table for each run, and one of their means over classes."""
+    return "\n".join([*(f"{r.name}\n\n{table(truth, [r])}" for r in runs), _by_run(runs)])
 
-    What is undefined is None. The runs, at least one, have the same metrics.
+
+def report_json(truth: GroundTruth, runs: Sequence[Scores], *, averaged: bool = True, **header: Any) -> dict[str, Any]:
+    """Return header, ground truth, mean and standard deviation over the runs, and each run, as JSON can hold them.
+
+    What is undefined is None, so are mean and standard deviation of runs that are not ``averaged``. The runs, at least
+    one, have the same metrics.
     """
     positives = truth.positives().tolist()
     difficult = np.bincount(truth.label[truth.difficult], minlength=len(truth.classes)).tolist()
@@ -70,8 +73,10 @@ def report_json(truth: GroundTruth, runs: Sequence[Scores], **header: Any) -> di
             "objects": dict(zip(truth.classes, positives, strict=True)),
             "difficult": dict(zip(truth.classes, difficult, strict=True)) if truth.difficult_known else None,
         },
-        "mean": {m: float(np.mean(values)) for m, values in means.items()},
-        "std": {m: float(np.std(values, ddof=1)) if len(runs) > 1 else None for m, values in means.items()},
+        "mean": {m: float(np.mean(values)) if averaged else None for m, values in means.items()},
+        "std": {
+            m: float(np.std(values, ddof=1)) if averaged and len(runs) > 1 else None for m, values in means.items()
+        },
         "runs": [
             {
                 "name": r.name,
@@ -85,10 +90,10 @@ def report_json(truth: GroundTruth, runs: Sequence[Scores], **header: Any) -> di
     return finite(report)
 
 
-def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
+def notes(truth: GroundTruth, iou: float) -> list[str]:
     """Return sentences on why the metrics differ and what about this ground truth limits them.
 
-    The devkit's metric has the threshold ``iou``; the table shows so many runs.
+    The devkit's metric has the threshold ``iou``.
     """
     lines = [
         f"VOC is the devkit's metric at IoU {iou:g}: a detection belongs to the object it overlaps most, and difficult "
@@ -111,9 +116,12 @@ def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
         )
     if undefined := [name for name, n in zip(truth.classes, truth.positives(), strict=True) if not n]:
         lines.append(f"Without an object to be found, so without AP and not in the mean: {', '.join(undefined)}.")
-    if runs > 1:
-        lines.append(f"Mean ± sample standard deviation of {runs} runs.")
     return lines
+
+
+def _by_run(runs: Sequence[Scores]) -> str:
+    by_run = [[r.name, *(_cell([mean]) for mean in r.means().values())] for r in runs]
+    return markdown_table([["run", *runs[0].ap], *by_run])
 
 
 def _cell(values: Sequence[float]) -> str:
