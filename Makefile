@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@
 
-# Real handwritten digits, a YOLOv5n from scratch, SOS on: a few minutes on two CPU cores.
+# A YOLOv5n on real handwritten digits, a shift, every method over its range: runs/demo/demo.html.
 demo: install
 	$(BIN)/python tools/demo.py
 
