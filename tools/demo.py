@@ -150,7 +150,7 @@ def swept(demo: Demo) -> Panel:
     """Trace every method over its range."""
     points = sweep_checkpoint(demo.best, device=demo.training["device"], exist_ok=True, draws=1)
     best = recommended(points)
-    sentence = "Each method was tried at every strength; the smaller the norm, the more it costs. "
+    sentence = "Each method was tried at every strength: from some point on a smaller norm costs loss and mAP. "
     if best is None:
         sentence += "None takes a hundredth of the squared norm at no cost."
     else:
