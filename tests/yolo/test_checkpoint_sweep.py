@@ -159,17 +159,19 @@ def test_the_strongest_setting_that_keeps_loss_and_metric_is_chosen():
     points = [
         BASELINE,
         point("full", math.nan, 1.0, 0.0, 0.0),
-        point("expected", 0.25, 0.2, 0.003, -0.0020),  # loses mAP
+        point("expected", 0.375, 0.25, 0.001, 0.0),  # below half of d
+        point("rows", 0.625, 0.2, 0.003, -0.0020),  # loses mAP
         point("expected", 0.5, 0.4, 0.004, -0.0009),
         point("expected", 0.75, 0.6, 0.0, 0.01),
-        point("principal", 0.25, 0.3, 0.006, 0.02),  # loses the held-out loss
-        point("principal", 0.5, 0.5, -0.01, 0.0),
-        point("budget", 0.3, 0.1, 0.5, -0.2),
+        point("principal", 0.5, 0.3, 0.006, 0.02),  # loses the held-out loss
+        point("principal", 0.75, 0.5, -0.01, 0.0),
+        point("budget", 0.3, 0.1, 0.0, 0.0),  # above 0.1
+        point("budget", 0.1, 0.1, 0.5, -0.2),
         *(point("rows", 0.5, 0.3, rise, 0.0, seed) for seed, rise in enumerate((0.001, 0.001, 0.02))),  # mean .0073
         *(point("rows", 0.75, ratio, 0.0, 0.0, seed) for seed, ratio in enumerate((0.7, 0.8, 0.9))),
     ]
     found = [(c.method, c.setting, c.squared_norm_ratio) for c in choices(points)]
-    assert found[:2] == [("expected", 0.5, 0.4), ("principal", 0.5, 0.5)]
+    assert found[:2] == [("expected", 0.5, 0.4), ("principal", 0.75, 0.5)]
     assert found[2][:2] == ("rows", 0.75) and found[2][2] == pytest.approx(0.8)
     assert found[3][0] == "full" and len(found) == 4
     text = summary(points)
