@@ -155,7 +155,7 @@ def swept(demo: Demo) -> Panel:
         sentence += "None takes a hundredth of the squared norm at no cost."
     else:
         sentence += (
-            "The strongest that keeps the held-out loss within half a per cent and mAP within .001 is "
+            "What is recommended, since held-out loss stays within half a per cent and mAP within .001, is "
             f"{f'{best.method} {best.argument}'.strip()}; it leaves {best.squared_norm_ratio:.0%} of the squared norm."
         )
     picture = demo.best.with_name("best-sweep.png").read_bytes()
