@@ -30,7 +30,7 @@ ROOMS = {
     "trainers": (*SHARED, "core", "yolo", "recipes", "analyze"),
     "arguments": (*SHARED, "core"),
     "experiment": (*SHARED, "core", "yolo", "data", "evaluate", "arguments", "trainers"),  # it trains
-    "cli": (*SHARED, "core", "yolo", "analyze", "evaluate", "experiment", "recipes", "trainers", "arguments"),
+    "cli": (*SHARED, "core", "yolo", "data", "analyze", "evaluate", "experiment", "recipes", "trainers", "arguments"),
 }
 WITHOUT_TORCH = ("boxes", "coco", "coco_files", "plot", "report", "voc", "voc_files")  # of evaluate: arrays and files
 OPEN = {"yolo_sos.core", "yolo_sos.core.checks"}  # of core, to all; `checks` is a module of plain functions on settings

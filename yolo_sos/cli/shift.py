@@ -53,5 +53,6 @@ MODE = Mode(
     run,
     also=[f"sos_{key}" for key in SHIFT_SETTINGS],
     result="Writes best-sos.pt and best-sos.json beside best.pt. The exit status is 3, and nothing is written, where "
-    "every step raises the held-out loss by more than guard. sweep writes best-sweep.csv and best-sweep.png.",
+    "every step raises the held-out loss by more than guard. sweep writes best-sweep.csv and best-sweep.png, "
+    "and recommends a setting.",
 )
