@@ -25,12 +25,12 @@ ROOMS = {
     "data": SHARED,
     "yolo": (*SHARED, "core", "data", "evaluate"),  # detections and their metrics, which know nothing of yolo
     "recipes": (*SHARED, "core", "yolo"),
-    "analyze": (*SHARED, "core", "yolo"),
-    "evaluate": (*SHARED, "data"),
+    "analyze": (*SHARED, "core", "yolo", "arguments"),
+    "evaluate": (*SHARED, "core", "data", "arguments"),
     "trainers": (*SHARED, "core", "yolo", "recipes", "analyze"),
-    "arguments": SHARED,
+    "arguments": (*SHARED, "core"),
     "experiment": (*SHARED, "core", "yolo", "data", "evaluate", "arguments", "trainers"),  # it trains
-    "cli": (*SHARED, "core", "yolo", "analyze", "evaluate", "experiment", "recipes", "trainers", "arguments"),
+    "cli": (*SHARED, "core", "yolo", "data", "analyze", "evaluate", "experiment", "recipes", "trainers", "arguments"),
 }
 WITHOUT_TORCH = (
     "boxes",

@@ -20,6 +20,7 @@ _MODULES = {  # public name → module
     "SOSSegmentationTrainer": "yolo_sos.trainers",
     "ShiftReport": "yolo_sos.core.report",
     "analyze_checkpoints": "yolo_sos.analyze.comparison",
+    "calibrate_checkpoint": "yolo_sos.yolo.calibrate",
     "final_layers": "yolo_sos.yolo.heads",
     "shift_checkpoint": "yolo_sos.yolo.shift",
     "shift_model": "yolo_sos.core.sos",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from yolo_sos.evaluate.calibration import (
     thresholds,
 )
 from yolo_sos.evaluate.plot import plot_reliability
+from yolo_sos.evaluate.report import Scores, calibration_tables
 from yolo_sos.evaluate.voc import Curve, Matches, voc_result
 
 
@@ -217,6 +219,26 @@ def files(tmp_path):
     return truth, found, tmp_path
 
 
+def test_tables_of_several_runs():
+    """Of one training the table of thresholds has their mean; of other models each has its own."""
+    truth, found = scene()
+    runs = []
+    for name, shift in ("one", 0.0), ("two", 0.004):
+        moved = Detections.build(truth, found.image, found.label, found.score * (1 - shift), found.boxes)
+        judged = calibration_of(Matches.of(truth, moved), 0.5, 0.6)
+        runs.append(Scores(name, {}, {"calibration": judged.to_dict()}))
+    runs.append(Scores("logits", {}, {"calibration": None}))
+    text = calibration_tables(truth.classes, runs, 0.6)
+    assert text.count("precision 0.6 at") == text.count("| **mean** ") == 1 and "±" in text and "logits" not in text
+    apart = calibration_tables(truth.classes, runs, 0.6, averaged=False)
+    assert apart.count("precision 0.6 at") == 2 and "±" not in apart and "mean" not in apart
+    for run in runs[:2]:
+        (own,) = re.findall(rf"^{run.name}\n\n((?:\|.*\n)+)", apart, re.MULTILINE)
+        first = run.details["calibration"]["thresholds"][0]
+        assert f"{first['best_f1']:.4f}" in own and f"{first['recall']:.4f}" in own
+    assert calibration_tables(truth.classes, runs[2:], 0.6) == ""
+
+
 def test_the_command_reports_it(files, capsys):
     truth, found, folder = files
     options = {"annotations": folder / "truth.json", "json": folder / "out.json", "reliability": folder / "r.png"}
@@ -229,5 +251,5 @@ def test_the_command_reports_it(files, capsys):
     assert one["calibration"]["thresholds"][0] == pytest.approx(expected.thresholds[0])
     assert sum(one["calibration"]["curve"]["count"]) == one["calibration"]["samples"] == expected.reliability.samples
     assert (folder / "r.png").is_file()
-    with pytest.raises(ValueError, match=r"precision: must be above 0 and at most 1, not 1\.5"):
+    with pytest.raises(ValueError, match=r"'precision=1\.5' is invalid: precision must be a number above 0"):
         command.run(detections=folder / "found.json", annotations=folder / "truth.json", precision=1.5)

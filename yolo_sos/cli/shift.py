@@ -58,5 +58,5 @@ MODE = Mode(
     also=[f"sos_{key}" for key in SHIFT_SETTINGS],
     result="Writes best-sos.pt and best-sos.json beside best.pt. The exit status is 3, and nothing is written, where "
     "every step raises the held-out loss by more than guard. calibrate also writes best-sos-calibrated.pt, as yolo-sos "
-    "calibrate does. sweep writes best-sweep.csv and best-sweep.png.",
+    "calibrate does. sweep writes best-sweep.csv and best-sweep.png, and recommends a setting.",
 )

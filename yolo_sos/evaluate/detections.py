@@ -163,13 +163,9 @@ def class_names(path: str) -> tuple[list[str], list[str]]:
 
 
 def xml_truth(paths: Sequence[Path], data: str | None, shapes: dict[str, tuple[int, int]] | None = None) -> GroundTruth:
-    """Read VOC annotations.
+    """Read VOC annotations, one per image, with height and width by image id, if known.
 
-    Args:
-        paths (Sequence[Path]): The XML files, one per image.
-        data (str | None): The data YAML that names the classes in the order of their indices; None for those that
-            occur, sorted.
-        shapes (dict[str, tuple[int, int]] | None): Height and width of each image, if they are known.
+    The data YAML names the classes in the order of their indices; without it they are those that occur, sorted.
 
     Raises:
         FileNotFoundError: If a file is missing.

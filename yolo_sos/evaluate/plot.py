@@ -17,7 +17,11 @@ COLUMNS = 5  # panels side by side: VOC's 20 classes fill four rows
 
 
 def plot_curves(
-    path: str | Path, classes: Sequence[str], results: Sequence[VOCResult], runs: Sequence[str] = ()
+    path: str | Path,
+    classes: Sequence[str],
+    results: Sequence[VOCResult],
+    runs: Sequence[str] = (),
+    averaged: bool = True,
 ) -> None:
     """Draw the devkit's precision-recall curve of each class, a panel each, a line for each run.
 
@@ -26,6 +30,7 @@ def plot_curves(
         classes (Sequence[str]): Names of the K classes.
         results (Sequence[VOCResult]): One per run, at least one. The first run's raw curve lies below its envelope.
         runs (Sequence[str]): Names of the runs, for a legend where there are several.
+        averaged (bool): Whether titles hold the mean AP of the runs.
 
     Raises:
         ModuleNotFoundError: If matplotlib is missing.
@@ -49,16 +54,15 @@ def plot_curves(
             axis.plot(recall, envelope, drawstyle="steps-pre", color=f"C{i % 10}", linewidth=1.2)
         ap = np.array([r.ap[k] for r in results])
         spread = f" ± {ap.std(ddof=1):.3f}" if len(ap) > 1 else ""
-        title = name if np.isnan(ap).any() else f"{name}  {ap.mean():.3f}{spread}"
+        title = name if not averaged or np.isnan(ap).any() else f"{name}  {ap.mean():.3f}{spread}"
         axis.set_title(title, fontsize=9, parse_math=False)  # a class may be called Ba$$in
         axis.set(xlim=(0, 1), ylim=(0, 1.02))
         axis.grid(alpha=0.3)
     for axis in axes[len(classes) :]:
         axis.set_axis_off()
     # No labels of the axes: constrained layout would put them under the legend.
-    figure.suptitle(
-        f"Precision over recall, VOC devkit at IoU {results[0].iou:g}; in the titles AP (VOC10+)", fontsize=10
-    )
+    titles = "; in the titles AP (VOC10+)" if averaged else ""
+    figure.suptitle(f"Precision over recall, VOC devkit at IoU {results[0].iou:g}{titles}", fontsize=10)
     if len(results) > 1 and runs:
         lines = [Line2D([], [], color=f"C{i % 10}") for i in range(len(results))]
         legend = figure.legend(lines, runs, loc="outside lower center", fontsize=8)
