@@ -23,16 +23,25 @@ ROOMS = {
     "core": ("_lazy",),
     "lightning": ("core",),
     "data": SHARED,
-    "yolo": (*SHARED, "core", "data"),
+    "yolo": (*SHARED, "core", "data", "evaluate"),  # detections and their metrics, which know nothing of yolo
     "recipes": (*SHARED, "core", "yolo"),
-    "analyze": (*SHARED, "core", "yolo"),
-    "evaluate": (*SHARED, "data"),
+    "analyze": (*SHARED, "core", "yolo", "arguments"),
+    "evaluate": (*SHARED, "core", "data", "arguments"),
     "trainers": (*SHARED, "core", "yolo", "recipes", "analyze"),
-    "arguments": SHARED,
+    "arguments": (*SHARED, "core"),
     "experiment": (*SHARED, "core", "yolo", "data", "evaluate", "arguments", "trainers"),  # it trains
-    "cli": (*SHARED, "core", "yolo", "analyze", "evaluate", "experiment", "recipes", "trainers", "arguments"),
+    "cli": (*SHARED, "core", "yolo", "data", "analyze", "evaluate", "experiment", "recipes", "trainers", "arguments"),
 }
-WITHOUT_TORCH = ("boxes", "coco", "coco_files", "plot", "report", "voc", "voc_files")  # of evaluate: arrays and files
+WITHOUT_TORCH = (
+    "boxes",
+    "calibration",
+    "coco",
+    "coco_files",
+    "plot",
+    "report",
+    "voc",
+    "voc_files",
+)  # of evaluate: arrays and files
 OPEN = {"yolo_sos.core", "yolo_sos.core.checks"}  # of core, to all; `checks` is a module of plain functions on settings
 
 

@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 import tarfile
+from email.parser import Parser
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import yaml
 
 import yolo_sos
 
@@ -53,6 +55,20 @@ def test_the_source_distribution_can_be_tested_and_holds_no_studies(wheel):
     with tarfile.open(sdist) as archive:
         names = {name.split("/")[1] for name in archive.getnames() if "/" in name}
     assert {"yolo_sos", "cfg", "tests", "tools", "pyproject.toml"} <= names and not {"studies", "results"} & names
+
+
+def test_the_metadata_are_whole(wheel):
+    """What ``twine check`` asks for, and the same version and paper as CITATION.cff."""
+    (name,) = (n for n in ZipFile(wheel).namelist() if n.endswith(".dist-info/METADATA"))
+    metadata = Parser().parsestr(ZipFile(wheel).read(name).decode())
+    assert metadata["Description-Content-Type"] == "text/markdown" and len(metadata.get_payload()) > 1000
+    assert {"digits", "eval", "lightning", "docs"} <= set(metadata.get_all("Provides-Extra"))
+    classifiers = metadata.get_all("Classifier")
+    assert "Programming Language :: Python :: 3.10" in classifiers and not [c for c in classifiers if "License" in c]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert metadata["Version"] == yolo_sos.__version__ == citation["version"]
+    assert metadata["License-Expression"] == citation["license"]
+    assert f"Paper, {citation['references'][0]['url']}" in metadata.get_all("Project-URL")
 
 
 def test_it_works_from_elsewhere(wheel, tmp_path):

@@ -20,6 +20,7 @@ _MODULES = {  # public name → module
     "SOSSegmentationTrainer": "yolo_sos.trainers",
     "ShiftReport": "yolo_sos.core.report",
     "analyze_checkpoints": "yolo_sos.analyze.comparison",
+    "calibrate_checkpoint": "yolo_sos.yolo.calibrate",
     "FitReport": "yolo_sos.core.fit",
     "final_layers": "yolo_sos.yolo.heads",
     "fit_checkpoint": "yolo_sos.yolo.fit",

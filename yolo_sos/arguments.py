@@ -1,10 +1,10 @@
 # yolo-sos, AGPL-3.0
-"""The arguments of a training, Ultralytics' and ours, and the ``cfg=`` files that hold them."""
+"""The arguments of commands: how they are declared, those of a training, and the ``cfg=`` files that hold them."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +14,15 @@ import yaml
 
 from yolo_sos.builtin import resolve_cfg
 from yolo_sos.config import KEYS, SCHEMA, check_keys, setting_type
+from yolo_sos.core.checks import Check, invalid, number
 
 # Keys that Ultralytics takes beside those of its defaults: it translates them, or drops them with a warning.
 DEPRECATED = (
     *("save_dir", "half", "int8", "end2end", "boxes", "hide_labels", "hide_conf", "line_thickness"),
     *("label_smoothing", "save_hybrid", "crop_fraction", "keras"),
 )
+# Keys that do not change what a training gives, or that tell its repetitions apart
+OF_ONE_RUN = ("cfg", "device", "exist_ok", "mode", "name", "plots", "project", "resume", "save_dir", "seed", "verbose")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,53 @@ class Argument:
     default: Any
     type: str
     help: str
+
+
+def at_least(least: int) -> Check:
+    """Return a check that accepts an integer of at least ``least``."""
+    return number(f"an integer of at least {least}", lambda x: x >= least, integer=True)
+
+
+def several(what: str) -> Check:
+    """Return a check that accepts ``what``: one, or several in a list or with commas between them."""
+
+    def check(key: str, value: Any) -> list[str]:
+        given = value.removeprefix("[").removesuffix("]").split(",") if isinstance(value, str) else value
+        found = [str(item).strip() for item in (given if isinstance(given, (list, tuple)) else [given])]
+        if not found or not all(found):
+            raise invalid(key, value, f"{what} with commas between them")
+        return found
+
+    return check
+
+
+def option(default: Any, text: str, check: Check | None = None, section: str = "") -> Any:
+    """Return a field of ``Options``: its default, what it does, its check and its section of the help."""
+    return field(default=default, metadata={"help": text, "check": check, "section": section})
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a command, each declared once by a subclass, and checked.
+
+    Raises:
+        ValueError: If a value is wrong; names the key, the value and what would be right.
+    """
+
+    def __post_init__(self):
+        """Check every value."""
+        for f in fields(self):
+            if check := f.metadata["check"]:
+                object.__setattr__(self, f.name, check(f.name, getattr(self, f.name)))
+
+    @classmethod
+    def arguments(cls, section: str = "") -> list[Argument]:
+        """Return the arguments of a section."""
+        return [
+            Argument(f.name, f.default, str(f.type).removesuffix(" | None").replace("Path", "str"), f.metadata["help"])
+            for f in fields(cls)
+            if f.metadata["section"] == section
+        ]
 
 
 def sos_arguments() -> list[Argument]:

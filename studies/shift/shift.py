@@ -34,7 +34,8 @@ from yolo_sos.markdown import markdown_table, mean_std
 from yolo_sos.yolo.images import CheckpointData
 from yolo_sos.yolo.job import ShiftJob
 from yolo_sos.yolo.score import headline
-from yolo_sos.yolo.sweep import Point, cost, trace, trials_of
+from yolo_sos.yolo.sweep import cost, trace, trials_of
+from yolo_sos.yolo.sweep_report import Point
 
 RANKS = (0.125, 0.25, 0.375, 0.5, 0.75)  # fractions of d; at 1.0 every method but the budget is `full`
 SPLITS = ("val", "test")

@@ -16,7 +16,8 @@ from PIL import Image
 
 from yolo_sos.analyze import Comparison, Curves, analyze_checkpoints, comparison, figures, hessian, spectrum
 from yolo_sos.analyze.curves import columns
-from yolo_sos.analyze.report import digits, number, plain
+from yolo_sos.analyze.report import digits, number
+from yolo_sos.analyze.verdict import verdict
 from yolo_sos.core import weight_matrix
 from yolo_sos.versions import versions
 from yolo_sos.yolo import memory
@@ -88,7 +89,8 @@ def test_a_comparison(pair, digits, tmp_path):
     assert "http" not in html.replace("http-equiv", "") and "<script" not in html and 'src="data:' in html
     assert html.count("<img") == 5
     for block in "before the final layers", "in the final layers", "all parameters":
-        assert re.search(rf"Hessian trace, {block}, best-sos against best: .*(resolved|lower|higher)", html)
+        assert re.search(rf"<td>Hessian trace, {block}</td>.* \([+-].*%\), (not resolved|lower|higher)</td>", html)
+    assert "per training image, and the squared norm of the final layers&#x27; weights is 0.25 times as large" in html
     if BROWSER is None:
         pytest.skip("no chromium was found to render the report in")
     shot = tmp_path / "shot.png"
@@ -106,6 +108,7 @@ def test_a_comparison(pair, digits, tmp_path):
     )
     with Image.open(shot) as image:
         assert image.size == (1200, 5200)
+        assert image.convert("L").crop((1180, 0, 1200, 5200)).getextrema() == (255, 255)  # nothing leaves the page
         colours = image.convert("RGB").resize((300, 1300)).getcolors(1 << 20)
         white = sum(n for n, c in colours if min(c) > 250) / (300 * 1300)
         assert len(colours) > 200 and 0.3 < white < 0.97  # text and figures on a white page
@@ -174,7 +177,7 @@ def test_what_does_not_fit_is_refused_before_the_first_image(pair, checkpoint, t
         ({"model": [first, single]}, r"best.pt was trained with single_cls=False and .*single.pt with single_cls=True"),
         ({"model": [first, classifier]}, r"with task=detect and .*classifier.pt with task=classify"),
         ({"model": [first, first]}, r"best.pt is given twice"),
-        ({"model": f"{first},"}, r"names no checkpoint"),
+        ({"model": f"{first},"}, r"best.pt,' is invalid: model must be checkpoints with commas"),
         ({"model": first, "scope": "head"}, r"'scope=head' is invalid: scope must be one of all, before, final"),
         ({"model": first, "probes": 1}, r"'probes=1' is invalid"),
         ({"model": first, "images": 0}, r"'images=0' is invalid"),
@@ -236,6 +239,35 @@ def test_fewer_images_are_tried_when_memory_runs_out(pair, tmp_path, monkeypatch
     assert not (tmp_path / "n/report.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("gauss_newton", "hessian", "words"),
+    [
+        ((-300.0, True), (-5.0, False), "curves less than that of a"),
+        ((40.0, True), (90.0, True), "curves more than that of a"),
+        ((-300.0, True), (90.0, True), "curves less by one measure and more by the other than that of a"),
+        ((-3.0, False), (9.0, False), "curves neither measurably more nor less than that of a"),
+    ],
+)
+def test_the_verdict(gauss_newton, hessian, words):
+    def trace(value):
+        return {"estimate": value, "stderr": 10.0}
+
+    traces = {"all": {"gauss_newton": trace(1000.0), "hessian": trace(500.0)}}
+    pairs = {"gauss_newton": gauss_newton, "hessian": hessian}
+    change = {key: {**trace(value), "resolved": resolved} for key, (value, resolved) in pairs.items()}
+    models = [{"name": n, "trace": traces, "loss": 2.0, "weight_norm": w} for n, w in (("a", 4.0), ("b", 2.0))]
+    (sentence,) = verdict({"models": models, "differences": [{"trace": {"all": change}}]})
+    assert sentence.startswith(f"The loss of b {words}") and sentence.endswith("weights is 0.25 times as large.")
+    assert f"(Gauss-Newton trace {gauss_newton[0] / 1000:+.1%} ± 1.0% and Hessian trace" in sentence
+
+
+def test_the_verdict_on_one_model():
+    settings = [{"setting": "sos_rank", "value": 0.5, "squared_norm_ratio": r, "deviation": r / 10} for r in (0.2, 0.8)]
+    spectrum = [{"norm": n, "settings": [s]} for n, s in zip((1.0, 3.0), settings, strict=True)]
+    (sentence,) = verdict({"models": [{"name": "a", "spectrum": spectrum}]})
+    assert "weights by 0.74, and change their outputs by up to 8.0%" in sentence  # (0.2 + 9 · 0.8) / 10
+
+
 def write_run(folder, shift, epochs=6, every=2):
     folder.mkdir(parents=True)
     with open(folder / "results.csv", "w", newline="") as f:
@@ -257,7 +289,11 @@ def test_curves_of_two_runs(tmp_path):
     assert [p["epoch"] for p in found["runs"][1]["curve"]] == [2, 4, 6]
     assert found["runs"][1]["curve"][0]["trace"] == 1.0 and found["runs"][1]["settings"] == {"sos": True}
     html = (tmp_path / "curves/report.html").read_text()
-    assert "sos: from epoch 2 to 6 the trace went from 1.000" in html and html.count("<img") == 1
+    assert "sos: from epoch 2 to 6 the Hessian trace went from 1.000 ± 1.0" in html and html.count("<img") == 1
+    write_run(tmp_path / "once", 1.0, epochs=3)  # one measurement is no curve
+    Curves(tmp_path / "once", project=str(tmp_path), name="once-report").run()
+    assert "<img" not in (tmp_path / "once-report/report.html").read_text()
+    assert not (tmp_path / "once-report/curves.png").exists()
     (tmp_path / "stock").mkdir()
     (tmp_path / "stock/results.csv").write_text("epoch,time\n1,2\n")
     with pytest.raises(ValueError, match=r"stock.results\.csv: the run was not analyzed while it trained"):
@@ -279,4 +315,3 @@ def test_numbers_for_tables_and_json():
     assert number({"estimate": None, "stderr": None}) == number(None) == number(float("nan")) == "–"
     assert digits(0.0123456, 3) == "0.0123" and digits(-498.2, 4, "+") == "-498.2" and digits(0.0, 4) == "0"
     assert digits(1e-9, 2) == "1e-09" and digits(99.96, 3) == "100"
-    assert plain({"a": [float("inf"), 1 / 3, 2, "x"]}) == {"a": [None, 0.333333, 2, "x"]}

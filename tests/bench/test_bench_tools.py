@@ -88,23 +88,3 @@ def test_the_share_of_shifts(tool):
     parts = data["breakdown"]
     assert sum(parts[p]["median"] for p in parts if p != "wall") == pytest.approx(parts["wall"]["median"])
     assert "| sos " in text
-
-
-def test_the_demo_tells_of_each_epoch_and_of_its_shifts_alone(tool):
-    from yolo_sos.yolo.shift_log import columns
-
-    nothing = columns({})  # what an epoch without a shift writes
-    values = {"squared_norm_ratio": 0.41, "heldout_before": 4.0, "heldout_after": 4.01, "t": 1.0, "ms": 500.0}
-    shift = dict.fromkeys(nothing, 0.0) | {f"sos/{name}": value for name, value in values.items()}
-    refused = shift | {"sos/squared_norm_ratio": 1.0, "sos/heldout_after": 4.0, "sos/t": 0.0}
-    rows = [
-        {"epoch": f"{i}", "time": f"{10 * i}", "metrics/mAP50(B)": "0.5", "metrics/mAP50-95(B)": f"0.{i}"}
-        | {key: f"{value:.6g}" for key, value in sos.items()}
-        for i, sos in enumerate((nothing, shift, refused), start=1)
-    ]
-    text = tool("demo").summary(rows)
-    assert "nan" not in text
-    assert [line.endswith("after a shift") for line in text.splitlines()[1:4]] == [False, True, False]
-    assert "Epoch 2: the shift left 41% of the squared norm" in text and "from 4 to 4.01 (+0.25%)" in text
-    assert "Epoch 3: not shifted" in text and "Epoch 1:" not in text
-    assert "1.0 s of 30 s of training (3.3%)" in text

@@ -95,7 +95,7 @@ def test_words():
         (["experiment"], "experiment takes one name, such as: yolo-sos experiment voc/yolov5s"),
         (["experiment", "a", "b"], "'b' is not a switch of experiment"),
         (["experiment", "a", "resume=b"], "'resume' is not a valid argument"),
-        (["mode=foo"], "'mode=foo' is invalid: mode must be one of train, shift"),
+        (["mode=foo"], "'mode=foo' is invalid: mode must be one of convert, train, shift"),
     ],
 )
 def test_what_is_refused(args, told):
@@ -138,7 +138,8 @@ def test_shift_declares_what_a_checkpoint_job_takes():
     from yolo_sos.yolo.job import IMAGES, ShiftJob
 
     settings = {key: SCHEMA[f"sos_{key}"].default for key in SHIFT_SETTINGS}
-    assert declared("shift") == {**parameters(ShiftJob), **settings, "images": IMAGES, "sweep": False}
+    own = {"images": IMAGES, "sweep": False, "calibrate": False}
+    assert declared("shift") == {**parameters(ShiftJob), **settings, **own}
     assert set(MODES["shift"].also) == {f"sos_{key}" for key in SHIFT_SETTINGS}
 
 
@@ -152,22 +153,6 @@ def test_experiment_and_table_declare_what_they_call():
     assert rest < declared("train").keys() and {"epochs", "sos", "lr_steps"} < rest
     assert rest.isdisjoint({"seed", "resume", "cfg", "exist_ok", "mode"})
     assert declared("table") == parameters(ResultTable)
-
-
-def test_analyze_declares_what_it_calls():
-    from dataclasses import fields
-
-    from yolo_sos.analyze.options import AnalyzeOptions
-
-    options = {f.name: f.default for f in fields(AnalyzeOptions)}
-    assert declared("analyze") == {"model": None, "data": None, "runs": None, **options}
-
-
-def test_eval_declares_what_it_calls():
-    from yolo_sos.evaluate.command import parser
-
-    flags = {a.dest: False if a.nargs == 0 else a.default for a in parser()._actions if a.dest != "help"}
-    assert {("weights" if k == "model" else k): v for k, v in declared("eval").items()} == flags
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -14,11 +14,15 @@ import cv2
 import numpy as np
 import pytest
 
+from yolo_sos import cli
+from yolo_sos.config import SOSConfig
 from yolo_sos.data.convert import convert_voc
 from yolo_sos.evaluate import command
 from yolo_sos.evaluate.detections import class_names, read_data_set
+from yolo_sos.evaluate.options import EvalOptions
 
 TOOLS = Path(__file__).parents[2] / "tools"
+TOOL = runpy.run_path(str(TOOLS / "eval_voc.py"))
 SIZES = {"000001": (96, 64), "000002": (50, 90), "000003": (64, 64), "000004": (120, 40)}  # width, height
 COLUMNS = ("VOC07", "VOC10+", "COCO AP50", "COCO AP", "Ultralytics AP50", "Ultralytics AP")
 
@@ -67,7 +71,12 @@ def results(tmp_path):
 
 
 def call(capsys, *argv) -> tuple[int, str, str]:
-    code = command.main([str(a) for a in argv])
+    """Run the tool, which turns flags into the arguments of the command."""
+    code = 0
+    try:
+        cli.main(["eval", *TOOL["as_keys"]([str(a) for a in argv])])
+    except SystemExit as e:
+        code = e.code
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -119,7 +128,11 @@ def test_other_outputs_and_several_sources(capsys, tmp_path, tree, results):
     code, out, _ = call(capsys, *sources, *outputs, "--iou", "0.6")
     assert code == 0 and "± 0.0000" in out and f"| {results} |" in out
     text = (tmp_path / "new" / "r.md").read_text()
-    assert "    yolo-sos eval --detections " in text and "at IoU 0.6" in text and "| **mean** |" in text
+    assert (
+        f"    yolo-sos eval detections={results},{tmp_path / 'second'} annotations={tree} " in text
+        and "at IoU 0.6" in text
+        and "| **mean** |" in text
+    )
     assert (tmp_path / "r.png").stat().st_size > 10_000
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["1", "2"]
 
@@ -157,27 +170,45 @@ def test_refusals(capsys, tmp_path, tree, data, results):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--weights", "a.pt"], "--weights needs --data"),
-        (["--detections", "a.json"], "--detections needs a ground truth"),
+        (["--weights", "a.pt"], "eval of a model needs data, which says where the images are"),
+        (["--detections", "a.json"], "eval of detections needs a ground truth"),
+        (
+            ["--detections", "a", "--weights", "b.pt", "--data", "c"],
+            "eval needs either model, checkpoints to run, or det",
+        ),
         (
             ["--detections", "a", "--annotations", "b", "--plot", "c.jpeg"],
-            "--plot: the suffix of 'c.jpeg' must be one of",
+            "plot must be a file that ends in .pdf",
         ),
-        (["--detections", "a", "--annotations", "b", "--iou", "0"], "--iou: must be above 0 and at most 1"),
-        (["--detections", "a", "--annotations", "b", "--conf", "2"], "--conf: must be at least 0 and at most 1"),
-        (["--detections", "a", "--annotations", "b", "--batch", "0"], "--batch: must be at least 1, not 0"),
-        (["--detections", "a", "--iou", "much"], "argument --iou: invalid float value: 'much'"),
-        ([], "eval needs --weights, checkpoints to run, or --detections"),
+        (
+            ["--detections", "a", "--annotations", "b", "--reliability", "c.jpeg"],
+            "reliability must be a file that ends in .pdf",
+        ),
+        (
+            ["--detections", "a", "--annotations", "b", "--precision", "0"],
+            "precision must be a number above 0 and up to 1",
+        ),
+        (["--detections", "a", "--annotations", "b", "--iou", "0"], "iou must be a number above 0 and up to 1"),
+        (["--detections", "a", "--annotations", "b", "--conf", "2"], "conf must be a number from 0 to 1"),
+        (
+            ["--detections", "a", "--annotations", "b", "--batch=0"],
+            "'batch=0' is invalid: batch must be an integer",
+        ),
+        (["--detections", "a", "--iou", "much"], "'iou=much' is invalid"),
+        (["--detections", "a", "--json"], "'json' needs a value"),
+        (["--detections", "a", "--iuo", "1"], "'iuo' is not a valid argument. Did you mean 'iou'?"),
+        (["a.json"], "'a.json' comes before any flag"),
+        ([], "eval needs either model, checkpoints to run, or detections"),
     ],
 )
 def test_options_are_checked(capsys, argv, message):
     code, _, err = call(capsys, *argv)
-    assert code == 2 and message in err
+    assert (code == 2 and message in err) or message in str(code)
 
 
 def test_options_as_keys(capsys, tmp_path, tree, results):
     """``run`` takes the same options under the same names, as the command's ``key=value`` arguments come."""
-    report = command.run(detections=results, annotations=tree, iou="0.6", clip="false", json=tmp_path / "r.json")
+    report = command.run(detections=results, annotations=tree, iou=0.6, clip=False, json=tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text()) == report
     assert report["command"].startswith(f"yolo-sos eval detections={results} annotations={tree} iou=0.6")
     call(capsys, "--detections", results, "--annotations", tree, "--iou", 0.6, "--json", tmp_path / "m.json")
@@ -190,12 +221,11 @@ def test_options_as_keys(capsys, tmp_path, tree, results):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"iuo": 0.5}, "'iuo=0.5': eval has no such argument; it takes weights, detections, data, "),
-        ({}, "^eval needs model, checkpoints to run, or detections"),
-        ({"model": "a.pt"}, "^model needs data, which says where the images are"),
-        ({"weights": "a.pt"}, "^weights needs data"),
-        ({"model": "a.pt", "data": "b", "nms_iou": 2}, "^nms_iou: must be at least 0 and at most 1, not 2"),
-        ({"model": "a.pt", "data": "b", "max_det": "many"}, "^argument max_det: invalid int value: 'many'"),
+        ({"iuo": 0.5}, "'iuo' is not an argument of eval. Did you mean 'iou'"),
+        ({"model": "a.pt"}, "^eval of a model needs data, which says where the images are"),
+        ({"weights": "a.pt,"}, "'model=a.pt,' is invalid: model must be paths"),
+        ({"model": "a.pt", "data": "b", "nms_iou": 2}, "'nms_iou=2' is invalid: nms_iou must be a number from 0 to 1"),
+        ({"model": "a.pt", "data": "b", "max_det": "many"}, "'max_det=many' is invalid: .* an integer of at least 1"),
         ({"model": "a.pt", "data": "b", "clip": "yes"}, "'clip=yes' is invalid: clip must be true or false"),
     ],
 )
@@ -205,15 +235,18 @@ def test_keys_are_checked_by_name(options, message):
 
 
 def test_data_sets_that_come_with_the_package_go_by_name():
-    path = Path(command.parse(["--weights", "a.pt", "--data", "bccd.yaml"]).data)
+    path = Path(EvalOptions(model="a.pt", data="bccd.yaml").data)
     assert path.parts[-3:] == ("cfg", "datasets", "bccd.yaml") and path.is_file()
 
 
-def test_the_tool_is_the_command():
+def test_the_tool_turns_flags_into_keys():
+    flags = ["--weights", "a.pt", "b.pt", "--data=d.yaml", "--nms-iou", "0.6", "--clip", "--save-voc", "out"]
+    assert TOOL["as_keys"](flags) == ["weights=a.pt,b.pt", "data=d.yaml", "nms_iou=0.6", "clip", "save_voc=out"]
     out = subprocess.check_output([sys.executable, TOOLS / "eval_voc.py", "--help"], text=True)
-    assert "python tools/eval_voc.py --weights runs/*/best.pt --data data.yaml" in out and "yolo-sos eval" not in out
-    options = {f"--{name.replace('_', '-')}" for name in vars(command.parse(["--weights", "a", "--data", "b"]))}
-    assert len(options) == 19 and options <= set(re.findall(r"--[a-z-]+", out))
+    assert "yolo-sos eval model=best.pt" in out and "nms_iou=0.7" in out
+    shown = {a.name for section in cli.MODES["eval"].arguments().values() for a in section}
+    assert len(shown) == 21 and shown == {*EvalOptions.__dataclass_fields__}
+    assert shown == {*re.findall(r"^  (\w+)=", out, re.MULTILINE)}
 
 
 @pytest.fixture
@@ -336,7 +369,7 @@ def test_numbers_are_safe_before_what_is_decorative(capsys, tmp_path, monkeypatc
     assert (tmp_path / "p.png").stat().st_size > 10_000
     assert r"| a\|b " in (tmp_path / "r.md").read_text()
 
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("no ink")
 
     monkeypatch.setattr(command, "plot_curves", fail)
@@ -350,7 +383,7 @@ def test_class_names_are_checked_before_a_model_runs(tmp_path, monkeypatch):
     content = {"images": [{"id": 1}], "categories": [{"id": 1, "name": "w/o"}], "annotations": []}
     (tmp_path / "a.json").write_text(json.dumps(content))
     (tmp_path / "d.json").write_text("[]")
-    monkeypatch.setattr(command, "voc_ap", None)
+    monkeypatch.setattr(command, "voc_result", None)
     with pytest.raises(ValueError, match="class 'w/o' cannot be part of a file's name"):
         command.run(detections=tmp_path / "d.json", annotations=tmp_path / "a.json", save_voc=tmp_path / "out")
 
@@ -409,6 +442,74 @@ def test_a_model_and_ultralytics_own_number(capsys, tmp_path, tree, data, weight
     assert json.loads((tmp_path / "back.json").read_text())["mean"] == ours
 
 
+def test_only_models_of_one_training_are_averaged(capsys, tmp_path, data, weights):
+    import torch
+
+    ckpt = torch.load(weights, weights_only=False)
+    default = {"version": "0", "settings": SOSConfig().to_dict()}
+    shift = {"shifts": [{"settings": {"method": "expected"}, "step": 1.0}]}
+
+    def calibration(seed, iou):
+        return {"settings": {"seed": seed, "iou": iou}, "maps": []}
+
+    made = {
+        "seed0": {"train_args": {"seed": 0, "name": "a"}},
+        "seed1": {"train_args": {"seed": 1, "name": "b"}, "sos": default},  # the defaults are what stock has
+        "longer": {"train_args": {"seed": 2, "epochs": 9}},
+        "shifted": {"train_args": {"seed": 0, "name": "a"}, "sos": {**default, **shift}},
+        "calibrated": {"train_args": {"seed": 1}, "sos": {**default, "calibrations": [calibration(0, 0.5)]}},
+        "again": {"train_args": {"seed": 2}, "sos": {**default, "calibrations": [calibration(1, 0.5)]}},
+        "soft": {"train_args": {"seed": 2}, "sos": {**default, "calibrations": [calibration(1, "soft")]}},
+        "fitted": {"train_args": {"seed": 2}, "sos": {**default, "fits": [{"images": 8}]}},
+        "averaged": {"train_args": {"seed": 2}, "sos": {**default, "averaged": 3}},
+        "unknown": {"train_args": {}},
+    }
+    for name, content in made.items():
+        content["train_args"] = {**(ckpt["train_args"] if name != "unknown" else {}), **content["train_args"]}
+        torch.save({**ckpt, **content}, tmp_path / f"{name}.pt")
+
+    def evaluate(*names):
+        models = [tmp_path / f"{name}.pt" for name in names]
+        report = command.run(model=models, data=data, imgsz=64, device="cpu", plot=tmp_path / "p.png")
+        return report, capsys.readouterr().out
+
+    report, out = evaluate("seed0", "seed1")
+    assert report["mean"] == report["runs"][0]["mean"] and set(report["std"].values()) == {0.0}
+    assert "Mean ± sample standard deviation of 2 runs." in out
+    assert set(evaluate("calibrated", "again")[0]["std"].values()) == {0.0}  # other images, drawn by the seed
+    for names, differ in (
+        (("seed0", "longer"), "epochs"),
+        (("seed0", "shifted"), "shifts"),
+        (("seed0", "seed0", "seed1"), None),  # one file twice is one model
+        (("seed0", "fitted"), "fits"),
+        (("seed0", "averaged"), "averaged"),
+        (("seed0", "calibrated"), "calibrations"),
+        (("calibrated", "soft"), "calibrations"),
+        (("seed0", "unknown"), "imgsz"),
+    ):
+        report, out = evaluate(*names)
+        if differ is None:
+            assert len(report["runs"]) == 2
+            continue
+        assert set(report["mean"].values()) == set(report["std"].values()) == {None} and "±" not in out
+        assert out.count("| **mean** ") == 2 and re.search(rf"they differ in [\w, ]*\b{differ}\b", out)
+    shutil.copy(tmp_path / "seed0.pt", tmp_path / "copy.pt")
+    assert "they differ in nothing but their weights" in evaluate("seed0", "copy")[1]
+
+
+def test_an_export_is_judged_as_its_checkpoint(capsys, tmp_path, data, weights):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from ultralytics import YOLO
+
+    exported = YOLO(shutil.copy(weights, tmp_path / "tiny.pt")).export(format="onnx", imgsz=64, simplify=False)
+    options = {"data": data, "imgsz": 64, "batch": 1, "device": "cpu"}
+    stock, onnx = (command.run(model=path, **options)["runs"][0] for path in (weights, exported))
+    assert stock["detections"] > 0 and onnx["detections"] > 0 and "calibration" in onnx
+    assert len(command.run(model=[exported, weights], **options)["runs"]) == 2
+    assert "No mean over the models" in capsys.readouterr().out
+
+
 def test_a_model_of_other_classes_is_refused(capsys, tmp_path, data, weights):
     renamed = data.with_name("renamed.yaml")
     renamed.write_text(data.read_text().replace("dog", "cow").replace("voc:", "xml:"))
@@ -425,5 +526,6 @@ def test_bench_measures_every_contender():
 
 
 def test_the_judge_imports_nothing_of_the_trainer():
-    code = "import sys, yolo_sos.evaluate as e; print({'torch', 'ultralytics', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, yolo_sos.evaluate as e; [getattr(e, name) for name in dir(e)]; "
+    code += "print({'torch', 'ultralytics', 'matplotlib'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

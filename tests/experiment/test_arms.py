@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 from ultralytics.cfg import DEFAULT_CFG_DICT
 
+from yolo_sos.arguments import OF_ONE_RUN
 from yolo_sos.config import KEYS
-from yolo_sos.experiment.arms import LEFT_OUT, find_experiment, read_arms
+from yolo_sos.experiment.arms import find_experiment, read_arms
 
 
 def test_an_arm_is_the_default_and_its_differences(experiment):
@@ -32,7 +33,7 @@ def test_an_arm_builds_on_the_default_whether_it_names_it_or_not(experiment):
 
 def test_a_config_holds_every_setting(experiment):
     config = read_arms(experiment)["shift"].config
-    assert set(config) | set(LEFT_OUT) >= {*DEFAULT_CFG_DICT, *KEYS}
+    assert set(config) | set(OF_ONE_RUN) >= {*DEFAULT_CFG_DICT, *KEYS}
     assert config["momentum"] == DEFAULT_CFG_DICT["momentum"] and config["sos_interval"] == 5
     assert not {"seed", "device", "project", "name"} & config.keys()
 

@@ -43,4 +43,10 @@ def test_nothing_is_committed_where_the_records_of_users_go(clone):
 def test_the_records_of_the_study_still_make_its_tables(name, tmp_path):
     table = ResultTable(name, ROOT / "studies/training")
     committed = (ROOT / "studies/training" / name / "table.csv").read_text(encoding="utf-8")
-    assert table.csv() == committed
+    made, kept = ([line.split(",") for line in text.splitlines()] for text in (table.csv(), committed))
+    for ours, theirs in zip(made, kept, strict=True):
+        texts = 3 if ours is not made[0] else len(ours)  # split, metric and arm
+        assert ours[:texts] == theirs[:texts]
+        # Quantiles differ in the last digits from one release of SciPy to another.
+        numbers = ([float(cell or "nan") for cell in line[texts:]] for line in (ours, theirs))
+        assert next(numbers) == pytest.approx(next(numbers), rel=1e-9, nan_ok=True)

@@ -84,7 +84,7 @@ def test_an_image_that_breaks_on_the_way_exits_with_2(weights, seen, contents, c
 
 def test_the_keys_are_those_of_the_job():
     options = set(ShiftJob.__init__.__annotations__) - {"return", "settings"}
-    assert {argument.name for argument in shift.OWN} == options | set(SHIFT_SETTINGS) | {"sweep"}
+    assert {argument.name for argument in shift.OWN} == options | set(SHIFT_SETTINGS) | {"sweep", "calibrate"}
     assert set(shift.MODE.also) == {f"sos_{name}" for name in SHIFT_SETTINGS}
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from yolo_sos.core import METHODS
 from yolo_sos.yolo import CheckpointSweep, shift_checkpoint, sweep_checkpoint
-from yolo_sos.yolo.sweep import BUDGETS, RANKS, cost, csv_of, trials_of
+from yolo_sos.yolo.sweep import BUDGETS, RANKS, cost, trials_of
+from yolo_sos.yolo.sweep_report import GUARD, LOSS_OF_METRIC, Point, choices, csv_of, summary
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +141,59 @@ def test_the_cost_is_given_in_validations():
     assert text.startswith("10.0 s in all")
     assert text.endswith("that is 5.0 validations")
     assert "validations" not in cost({"images": 3.0, "algebra": 1.0, "validation": 0.0, "points": 0.0})
+
+
+# What is recommended -------------------------------------------------------------------------------------------------
+
+
+def point(method, setting, ratio, rise, metric, seed=0):
+    """A point by the relative rise of its held-out loss from 2 and the change of its mAP50-95 from .5."""
+    metrics = {"val": {"metrics/mAP50(B)": 0.8, "metrics/mAP50-95(B)": 0.5 + metric}}
+    return Point(method, "balanced", setting, seed, ratio, 8.0, 0.0, 0.0, 2 * (1 + rise), metrics)
+
+
+BASELINE = point("baseline", math.nan, 1.0, 0.0, 0.0)
+
+
+def test_the_strongest_setting_that_keeps_loss_and_metric_is_chosen():
+    points = [
+        BASELINE,
+        point("full", math.nan, 1.0, 0.0, 0.0),
+        point("expected", 0.375, 0.25, 0.001, 0.0),  # below half of d
+        point("rows", 0.625, 0.2, 0.003, -0.0020),  # loses mAP
+        point("expected", 0.5, 0.4, 0.004, -0.0009),
+        point("expected", 0.75, 0.6, 0.0, 0.01),
+        point("principal", 0.5, 0.3, 0.006, 0.02),  # loses the held-out loss
+        point("principal", 0.75, 0.5, -0.01, 0.0),
+        point("budget", 0.3, 0.1, 0.0, 0.0),  # above 0.1
+        point("budget", 0.1, 0.1, 0.5, -0.2),
+        *(point("rows", 0.5, 0.3, rise, 0.0, seed) for seed, rise in enumerate((0.001, 0.001, 0.02))),  # mean .0073
+        *(point("rows", 0.75, ratio, 0.0, 0.0, seed) for seed, ratio in enumerate((0.7, 0.8, 0.9))),
+    ]
+    found = [(c.method, c.setting, c.squared_norm_ratio) for c in choices(points)]
+    assert found[:2] == [("expected", 0.5, 0.4), ("principal", 0.75, 0.5)]
+    assert found[2][:2] == ("rows", 0.75) and found[2][2] == pytest.approx(0.8)
+    assert found[3][0] == "full" and len(found) == 4
+    text = summary(points)
+    assert "Recommended: method=expected rank=0.5 in place of sweep=true" in text
+    assert (
+        "| expected  | rank=0.5  |       ×0.400 |        +0.40% |         -0.0009 |" in text and "budget=" not in text
+    )
+    assert (GUARD, LOSS_OF_METRIC) == (0.005, 0.001)
+
+
+def test_nothing_is_recommended_where_nothing_is_gained_or_nothing_was_judged():
+    points = [BASELINE, point("full", math.nan, 0.995, 0.0, 0.0), point("expected", 0.5, 0.4, 0.1, 0.0)]
+    assert "leave the checkpoint as it is" in summary(points) and "Recommended" not in summary(points)
+    blind = [Point(**{**vars(p), "metrics": {}}) for p in points]
+    assert summary(blind).startswith("No setting is recommended without mAP")
+
+
+def test_a_sweep_recommends_what_a_shift_then_does(swept, seen, weights):
+    """A chosen setting, given to a shift of the same images, passes the guard with the norm that was stated."""
+    _, points = swept
+    # To choose between drawn rows, a shift sets other images aside.
+    best = next(choice for choice in choices(points) if choice.method != "rows")
+    setting = {} if math.isnan(best.setting) else {best.argument.split("=")[0]: best.setting}
+    report = shift_checkpoint(weights(), seen, method=best.method, **setting)
+    assert report.step == 1 and report.squared_norm_ratio == pytest.approx(best.squared_norm_ratio, rel=1e-5)

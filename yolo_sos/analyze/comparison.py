@@ -22,6 +22,8 @@ from yolo_sos.analyze.landscape import interpolation, loss_at, slices
 from yolo_sos.analyze.options import SCOPES, AnalyzeOptions
 from yolo_sos.analyze.report import labels, save_dir, write_report
 from yolo_sos.analyze.spectrum import layer_spectrum, spectrum_methods
+from yolo_sos.analyze.verdict import verdict
+from yolo_sos.arguments import several
 from yolo_sos.core import Engine, Method, as_float64, weight_matrix
 from yolo_sos.versions import versions
 from yolo_sos.yolo.checkpoint import Checkpoint
@@ -42,10 +44,7 @@ class Comparison:
     def __init__(self, model: str | Path | Sequence[str | Path], data: str | Path | None = None, **options: Any):
         """Check the options, the checkpoints and the data, in this order."""
         self.options = o = AnalyzeOptions(**options)
-        given = str(model).split(",") if isinstance(model, (str, Path)) else model
-        paths = [str(path).strip() for path in given]
-        if not paths or not all(paths):
-            raise ValueError("'model' names no checkpoint: model=best.pt, or several with commas between them.")
+        paths = several("checkpoints")("model", model)
         checkpoints = [Checkpoint(path) for path in paths]
         first = checkpoints[0]
         names = labels([c.path for c in checkpoints])
@@ -188,7 +187,7 @@ def render(result: dict[str, Any], folder: Path) -> None:
     sections += [spectrum_figure(model, folder, i) for i, model in enumerate(result["models"])]
     if all("landscape" in model for model in result["models"]):
         sections.append(landscape_figure(result, folder))
-    write_report(folder, result, sections)
+    write_report(folder, result, verdict(result), sections)
 
 
 def differences(names: Sequence[str], sampled: Sequence[dict[str, Trace]]) -> list[dict[str, Any]]:

@@ -12,8 +12,9 @@ from typing import Any
 from ultralytics.utils import LOGGER, YAML, colorstr
 
 from yolo_sos.analyze.collapse import MEASURES
-from yolo_sos.analyze.figures import TITLES, save, subplots
-from yolo_sos.analyze.report import Section, digits, labels, save_dir, write_report
+from yolo_sos.analyze.figures import TITLES, panels, save
+from yolo_sos.analyze.report import Section, digits, labels, number, save_dir, write_report
+from yolo_sos.arguments import several
 from yolo_sos.core.checks import boolean
 from yolo_sos.versions import versions
 
@@ -29,10 +30,7 @@ def columns(measured: dict[str, float] | None = None) -> dict[str, float]:
 
 
 def read_curve(run: str | Path) -> Curve:
-    """Return what a run measured of itself.
-
-    Args:
-        run (str | Path): Its folder, or its results.csv.
+    """Return what a run measured of itself, by its folder or its results.csv.
 
     Raises:
         FileNotFoundError: If it has no results.csv.
@@ -58,27 +56,30 @@ def _measured(path: Path) -> Curve:
     return [point for point in curve if math.isfinite(point["trace"])]
 
 
-def draw(curves: dict[str, Curve], path: Path) -> Path:
-    """Draw the curves of runs, a panel per measure."""
-    fig, axes = subplots(2, 4, 4, 3.5)
-    for ax, (key, title) in zip(axes.flat, PANELS.items(), strict=False):
+def draw(curves: dict[str, Curve], path: Path) -> Path | None:
+    """Draw the curves of runs, a panel per measure; None, and no picture, where no run has two measurements."""
+    if max(map(len, curves.values())) < 2:
+        return None
+    fig, axes = panels(len(PANELS), 3, 2.9)
+    for ax, (key, title) in zip(axes, PANELS.items(), strict=True):
         for i, (name, curve) in enumerate(curves.items()):
             epochs, values = [p["epoch"] for p in curve], [p[key] for p in curve]
             errors = [p[f"{key}_stderr"] for p in curve] if f"{key}_stderr" in COLUMNS else None
             ax.errorbar(epochs, values, errors, fmt="o-", color=f"C{i}", markersize=4, capsize=3, label=name)
-        if key == "nc1":
-            ax.set_yscale("log")  # falls by orders of magnitude
+        values = [p[key] for curve in curves.values() for p in curve if math.isfinite(p[key])]
+        if key == "nc1" and max(values, default=0) > 10 * min(values, default=0) > 0:  # falls by orders of magnitude
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter("{x:g}")
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("epoch")
-    axes.flat[0].legend(fontsize=8)
-    axes.flat[-1].set_axis_off()
+    axes[0].legend()
     return save(fig, path)
 
 
 def plot(results: Path, path: Path, on_plot: Callable[[Path], None]) -> None:
-    """Draw the curve of one run from its results.csv, unless it ended before its first measurement."""
-    if curve := _measured(results):
-        on_plot(draw({results.parent.name: curve}, path))
+    """Draw the curve of one run from its results.csv, if it has two measurements."""
+    if (curve := _measured(results)) and draw({results.parent.name: curve}, path):
+        on_plot(path)
 
 
 class Curves:
@@ -100,8 +101,7 @@ class Curves:
         exist_ok: bool = False,
     ):
         """Read the curves."""
-        given = str(runs).split(",") if isinstance(runs, (str, Path)) else runs
-        paths = [Path(str(run).strip()) for run in given]
+        paths = [Path(run) for run in several("folders")("runs", runs)]
         curves = [read_curve(path) for path in paths]
         folders = [path if path.is_dir() else path.parent for path in paths]
         self.curves = dict(zip(labels(folders), curves, strict=True))
@@ -125,22 +125,24 @@ class Curves:
             ],
         }
         path = draw(self.curves, self.folder / "curves.png")
+
+        def trace(point: dict[str, float]) -> str:
+            return number({"estimate": point["trace"], "stderr": point["trace_stderr"]})
+
         text = [
             "What the runs measured of their averaged weights while they trained, on the same few training images at "
             "every epoch, without augmentation: traces per image with their standard errors over probes, and neural "
             "collapse, the mean over detection levels. Runs with one seed and data set see the same images and probes; "
             "what another seed would have changed is not in the standard errors."
         ]
-        for name, curve in self.curves.items():
-            first, last = curve[0], curve[-1]
-            text.append(
-                f"{name}: from epoch {first['epoch']:g} to {last['epoch']:g} the trace went from "
-                f"{digits(first['trace'], 4)} ± {digits(first['trace_stderr'], 2)} to {digits(last['trace'], 4)} ± "
-                f"{digits(last['trace_stderr'], 2)}, NC1 from {digits(first['nc1'], 3)} to {digits(last['nc1'], 3)}."
-            )
+        verdict = [
+            f"{name}: from epoch {curve[0]['epoch']:g} to {curve[-1]['epoch']:g} the Hessian trace went from "
+            f"{trace(curve[0])} to {trace(curve[-1])}, and the variation within classes, NC1, from "
+            f"{digits(curve[0]['nc1'], 3)} to {digits(curve[-1]['nc1'], 3)}."
+            for name, curve in self.curves.items()
+        ]
         rows = [[key, *(digits(curve[-1][key], 4) for curve in self.curves.values())] for key in ("epoch", *COLUMNS)]
-        write_report(
-            self.folder, result, [Section("While training", text, path, ["last measurement", *self.curves], rows)]
-        )
+        section = Section("While training", text, path, ["last measurement", *self.curves], rows)
+        write_report(self.folder, result, verdict, [section])
         LOGGER.info(f"{colorstr('analyze: ')}wrote {self.folder / 'report.html'} and analysis.json")
         return result

@@ -58,7 +58,3 @@ class Estimate:
     def resolved(self) -> bool:
         """Whether it differs from zero by at least three standard errors."""
         return math.isfinite(self.stderr) and abs(self.estimate) >= RESOLVED * self.stderr and self.estimate != 0
-
-    def __str__(self) -> str:
-        """Return ``estimate ± stderr`` to four digits."""
-        return f"{self.estimate:.4g} ± {self.stderr:.2g}" if math.isfinite(self.stderr) else f"{self.estimate:.4g}"

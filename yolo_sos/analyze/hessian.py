@@ -80,11 +80,7 @@ class Trace:
         return {name: Estimate.mean(values) for name, values in samples.items()}
 
     def combined(self, of: Callable[[float, float], float], other: Trace) -> Trace:
-        """Return ``of(own sample, other sample)`` of each probe.
-
-        With ``operator.sub`` the paired differences of two models; with ``operator.add`` the trace of two blocks
-        together, as the trace of a matrix is that of its diagonal blocks.
-        """
+        """Return ``of(own, other)`` by probe: the paired difference of two models, or the sum of two blocks."""
         return Trace(list(map(of, self.hessian, other.hessian)), list(map(of, self.gauss_newton, other.gauss_newton)))
 
 
@@ -170,10 +166,9 @@ def traces(
         batches (Sequence[Any]): Batches of the task; the loss is their mean per image.
         blocks (Sequence[str]): ``before`` and ``final``; each has probes of its own.
         probes (int): Number of probes, at most.
-        stderr (float, optional): Sampling ends before that once every standard error, of each model and block, of
-            Hessian and Gauss-Newton, is at most this share of its trace.
+        stderr (float, optional): Sampling ends earlier once every standard error is at most this share of its trace.
         seed (int): Probes are the same for the same seed and shapes of parameters.
-        progress (Callable): Called with the number of probes after each batch that they have been applied to.
+        progress (Callable): Called with 1 after each probe on a batch.
 
     Returns:
         (list[dict[str, Trace]]): Per model, block → samples.

@@ -35,13 +35,7 @@ def direction(subject: Subject, seed: int) -> dict[str, Tensor]:
 
 
 def loss_at(subject: Subject, batches: Sequence[Any], moved: dict[str, Tensor]) -> float:
-    """Return the mean loss per image with other parameters; the model itself is not written to.
-
-    Args:
-        subject (Subject): The model.
-        batches (Sequence[Any]): Batches of its task.
-        moved (dict[str, Tensor]): Parameter name → value; others keep theirs.
-    """
+    """Return the mean loss per image with the parameters ``moved``, by name; the model itself is not written to."""
     task, total, images = subject.task, 0.0, 0
 
     def model(*args: Any) -> Any:
@@ -65,16 +59,10 @@ def slices(
     seed: int = 0,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> dict[str, Any]:
-    """Return the loss along one direction and in the plane of two.
+    """Return the loss along one direction and in the plane of two, up to ``radius`` times each.
 
-    Args:
-        subject (Subject): The model.
-        batches (Sequence[Any]): Batches of its task.
-        radius (float): Largest coefficient.
-        line (int): Points along the first direction, odd: the middle one is the model.
-        plane (int): Points along each side of the plane, odd.
-        seed (int): Of the directions.
-        progress (Callable): Called with 1 after each point.
+    There are ``line`` points along the first direction and ``plane`` along each side of the plane, odd numbers: the
+    middle one is the model. ``progress`` is called with 1 after each point.
 
     Returns:
         (dict): ``line``: ``x`` and ``loss``; ``plane``: ``x``, ``y`` and ``loss`` (rows along y).
@@ -100,11 +88,7 @@ def interpolation(
 ) -> dict[str, list[float]]:
     """Return the loss and the squared norm ratio along ``V + t(V* − V)``; only final layers are evaluated again.
 
-    Args:
-        engine (Engine): The model's.
-        shift (Shift): From V to V*; nothing is written.
-        batches (Iterable): Batches of the task.
-        steps (Sequence[float]): Values of t; 0 is the model, 1 its shifted self.
+    Nothing is written; t = 0 is the model, 1 its shifted self.
 
     Returns:
         (dict): ``t``, ``loss`` and ``squared_norm_ratio``, ``‖V_t‖²/‖V‖²`` over all layers.

@@ -1,56 +1,38 @@
 # yolo-sos, AGPL-3.0
-"""The options of a comparison, each declared once: default, check and help. Without torch, so that help is fast."""
+"""The options of a comparison of checkpoints. Without torch, so that help is fast."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
 
+from yolo_sos.arguments import Options, at_least, option
 from yolo_sos.core import WEIGHTINGS
-from yolo_sos.core.checks import Check, boolean, choice, number, optional
+from yolo_sos.core.checks import boolean, choice, number, optional
 
 SCOPES = {"all": ("before", "final"), "before": ("before",), "final": ("final",)}  # scope → blocks of parameters
+OUTPUT = "output"  # section of what a comparison of runs takes, too
 _SHARE = optional(number("a number above 0 and up to 1, or none", lambda x: 0 < x <= 1))
 
 
-def _integer(least: int) -> Check:
-    return number(f"an integer of at least {least}", lambda x: x >= least, integer=True)
-
-
-def _option(default: Any, kind: str, check: Check, text: str) -> Any:
-    return field(default=default, metadata={"type": kind, "check": check, "help": text})
-
-
 @dataclass(frozen=True)
-class AnalyzeOptions:
-    """The options of a comparison of checkpoints, checked.
+class AnalyzeOptions(Options):
+    """The options, checked."""
 
-    Raises:
-        ValueError: If a value is out of range; names the key, the value and what would be right.
-    """
-
-    scope: str = _option(
-        "all", "str", choice(*SCOPES), "parameters whose curvature is measured: all, before the final layers, or final"
+    scope: str = option(
+        "all", "parameters whose curvature is measured: all, before (the final layers) or final", choice(*SCOPES)
     )
-    probes: int = _option(24, "int", _integer(2), "random vectors for each trace, at most")
-    stderr: float | None = _option(
-        None, "float | none", _SHARE, "standard error relative to its trace at which sampling ends before that"
+    probes: int = option(24, "most random vectors of a trace's estimate", at_least(2))
+    stderr: float | None = option(None, "relative standard error at which an estimate stops earlier", _SHARE)
+    images: int = option(8, "training images of curvature and landscape", at_least(1))
+    landscape: bool = option(True, "slices of the loss around and between the models", boolean)
+    weighting: str = option("balanced", f"of the rows, in spectra: {', '.join(WEIGHTINGS)}", choice(*WEIGHTINGS))
+    fraction: float | None = option(
+        None, "share of the training images whose features are read; at most 256 images if not given", _SHARE
     )
-    images: int = _option(8, "int", _integer(1), "training images for the curvature and the landscape")
-    landscape: bool = _option(True, "bool", boolean, "draw slices of the loss")
-    weighting: str = _option("balanced", "str", choice(*WEIGHTINGS), f"of the spectra: {', '.join(WEIGHTINGS)}")
-    fraction: float | None = _option(
-        None, "float | none", _SHARE, "share of the training images whose features are read; none: at most 256 images"
-    )
-    imgsz: int | None = _option(None, "int | none", optional(_integer(32)), "size of the images; none: of the training")
-    batch: int | None = _option(None, "int | none", optional(_integer(1)), "images in a batch; none: of the training")
-    device: str | int | None = _option(None, "str | int | none", lambda key, value: value, "as Ultralytics names it")
-    seed: int = _option(0, "int", _integer(0), "chooses images, probes and directions")
-    project: str | None = _option(None, "str | none", lambda key, value: value, "folder of the result's folder")
-    name: str | None = _option(None, "str | none", lambda key, value: value, "name of the result's folder")
-    exist_ok: bool = _option(False, "bool", boolean, "write into that folder if it exists")
-
-    def __post_init__(self):
-        """Check every value."""
-        for f in fields(self):
-            object.__setattr__(self, f.name, f.metadata["check"](f.name, getattr(self, f.name)))
+    imgsz: int | None = option(None, "image size in pixels; that of the training if not given", optional(at_least(32)))
+    batch: int | None = option(None, "images at a time; that of the training if not given", optional(at_least(1)))
+    device: str | int | None = option(None, "such as cpu or 0; what Ultralytics picks if not given")
+    seed: int = option(0, "chooses images and random vectors", at_least(0))
+    project: str | None = option(None, "folder to write to, as in Ultralytics", section=OUTPUT)
+    name: str | None = option(None, "folder in it", section=OUTPUT)
+    exist_ok: bool = option(False, "write into a folder that exists", boolean, OUTPUT)

@@ -15,19 +15,19 @@ from typing import Any
 
 from ultralytics.cfg import get_save_dir
 
-from yolo_sos.files import write_text
+from yolo_sos.files import finite, write_text
 
 # No script, no address: what the browser may load is in the file.
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>yolo-sos analyze</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1.5em }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1170px; margin: 2em auto; padding: 0 1.5em }
 h1 { font-size: 1.6em; margin-bottom: .2em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd }
-p.what { max-width: 60em } p.note { color: #666; font-size: .9em } img { max-width: 100%; height: auto }
-div.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1em 0 }
-table { font-size: .8em } th, td { padding: .25em .5em; text-align: right; white-space: nowrap }
-th, td { border-bottom: 1px solid #eee }
+p { max-width: 60em } p.verdict { font-size: 1.1em; font-weight: 600 } p.note { color: #666; font-size: .9em }
+img { max-width: 100%; height: auto }
+table { border-collapse: collapse; font-size: .85em; font-variant-numeric: tabular-nums; margin: 1em 0 }
+th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid #eee; overflow-wrap: anywhere }
 th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #bbb }
 </style></head><body>
 """
@@ -75,26 +75,23 @@ def labels(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def write_report(folder: Path, result: dict[str, Any], sections: Sequence[Section]) -> None:
+def write_report(folder: Path, result: dict[str, Any], verdict: Sequence[str], sections: Sequence[Section]) -> None:
     """Write ``analysis.json`` and ``report.html``.
 
     Args:
         folder (Path): Where to.
         result (dict): Everything that was measured, as plain values.
+        verdict (Sequence[str]): What was found, a plain sentence each.
         sections (Sequence[Section]): The report, in order.
     """
-    write_text(folder / "analysis.json", json.dumps(plain(result), indent=1) + "\n")
-    write_text(folder / "report.html", html(result, sections))
-
-
-def html(result: dict[str, Any], sections: Sequence[Section]) -> str:
-    """Return the report as one HTML document."""
+    write_text(folder / "analysis.json", json.dumps(finite(result), indent=1) + "\n")
     config = ", ".join(f"{k}={v}" for k, v in result["config"].items() if not isinstance(v, list) and v is not None)
     known = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     names = [m["name"] for m in result.get("models", result.get("runs", ()))]
-    parts = [HEAD, f"<h1>{escape(' · '.join(names))}</h1>\n<p class=note>{escape(config)}<br>{escape(known)}</p>\n"]
-    parts += [_section(section) for section in sections]
-    return "".join([*parts, "</body></html>\n"])
+    parts = [HEAD, f"<h1>{escape(' · '.join(names))}</h1>\n"]
+    parts += [f"<p class=verdict>{escape(sentence)}</p>\n" for sentence in verdict]
+    parts += [f"<p class=note>{escape(config)}<br>{escape(known)}</p>\n", *map(_section, sections), "</body></html>\n"]
+    write_text(folder / "report.html", "".join(parts))
 
 
 def _section(section: Section) -> str:
@@ -102,11 +99,11 @@ def _section(section: Section) -> str:
     if section.figure is not None:
         image = base64.b64encode(section.figure.read_bytes()).decode()
         parts.append(f'<img alt="{escape(section.title)}" src="data:image/png;base64,{image}">\n')
-    parts += [f"<p class=what>{escape(text)}</p>\n" for text in section.text]
+    parts += [f"<p>{escape(text)}</p>\n" for text in section.text]
     if section.rows:
         head = "".join(f"<th>{escape(cell)}</th>" for cell in section.header)
         body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>\n" for row in section.rows)
-        parts.append(f"<div class=wide><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n")
+        parts.append(f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>\n")
     return "".join(parts)
 
 
@@ -128,14 +125,3 @@ def digits(value: float, count: int, sign: str = "") -> str:
         places = max(0, count - 1 - math.floor(math.log10(abs(rounded))))
         return f"{value:{sign}.{places}f}"
     return f"{value:{sign}.{count}g}"
-
-
-def plain(value: Any) -> Any:
-    """Return a value as JSON knows it: floats to six digits, None for those that are not finite."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value

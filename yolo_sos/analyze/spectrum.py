@@ -11,7 +11,6 @@ Effective rank: ``exp(−Σ p ln p)`` with p = σ/Σσ (Roy & Vetterli, *The eff
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,40 +24,33 @@ BUDGETS = (0.003, 0.01, 0.03, 0.1)  # sos_budget
 ALL_ROWS = Method("full")  # whose second moment counts all rows alike
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """Spectrum of one second moment against one weight.
+def spectrum(moments: Moments, weight: Tensor) -> dict[str, Any]:
+    """Return the spectrum of a second moment ``(d, d)`` against V ``(out, d)``, as plain values.
 
-    Attributes:
-        singular_values (list[float]): √λ ``(d,)``, descending, of A scaled to unit energy: Σλ = 1.
-        effective_rank (float): Of these.
-        outside (list[float]): ``(d,)``; entry r−1 is the share of ‖V‖² outside the leading r directions.
-        levels (list[dict]): Per energy level: the ``rank`` that reaches it and the share of ‖V‖² ``outside``.
+    Returns:
+        (dict): ``singular_values``, √λ ``(d,)``, descending, of A scaled to unit energy, Σλ = 1; ``effective_rank`` of
+            these; ``outside`` ``(d,)``, whose entry r−1 is the share of ‖V‖² outside the leading r directions;
+            ``levels``: for each of ``LEVELS`` the ``rank`` that reaches this ``energy``, and the share ``outside``.
     """
-
-    singular_values: list[float]
-    effective_rank: float
-    outside: list[float]
-    levels: list[dict[str, float]]
-
-    @classmethod
-    def of(cls, moments: Moments, weight: Tensor) -> Spectrum:
-        """Return the spectrum of a second moment ``(d, d)`` against V ``(out, d)``."""
-        g = moments.matrix / (moments.matrix.trace() or 1.0)
-        values, vectors = torch.linalg.eigh((g + g.T) / 2)
-        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-        v = as_float64(weight).to(g.device)
-        energy = (v @ vectors).square().sum(0)
-        outside = (1 - energy.cumsum(0) / (energy.sum() or 1.0)).clamp(min=0).tolist()
-        sigma = values.sqrt()
-        p = sigma[sigma > 0] / sigma.sum()
-        reached = values.cumsum(0)
-        levels = []
-        for level in LEVELS:
-            # Rounding must not push the last level beyond the last direction.
-            rank = min(int((reached < level * float(reached[-1])).sum()) + 1, moments.d)
-            levels.append({"energy": level, "rank": rank, "outside": outside[rank - 1]})
-        return cls(sigma.tolist(), float((-(p * p.log()).sum()).exp()), outside, levels)
+    g = moments.matrix / (moments.matrix.trace() or 1.0)
+    values, vectors = torch.linalg.eigh((g + g.T) / 2)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    energy = (as_float64(weight).to(g.device) @ vectors).square().sum(0)
+    outside = (1 - energy.cumsum(0) / (energy.sum() or 1.0)).clamp(min=0).tolist()
+    sigma = values.sqrt()
+    p = sigma[sigma > 0] / sigma.sum()
+    reached = values.cumsum(0)
+    levels = []
+    for level in LEVELS:
+        # Rounding must not push the last level beyond the last direction.
+        rank = min(int((reached < level * float(reached[-1])).sum()) + 1, moments.d)
+        levels.append({"energy": level, "rank": rank, "outside": outside[rank - 1]})
+    return {
+        "singular_values": sigma.tolist(),
+        "effective_rank": float((-(p * p.log()).sum()).exp()),
+        "outside": outside,
+        "levels": levels,
+    }
 
 
 def spectrum_methods(weighting: str) -> list[tuple[Method, int]]:
@@ -69,14 +61,11 @@ def spectrum_methods(weighting: str) -> list[tuple[Method, int]]:
 def layer_spectrum(engine: Engine, layer: FinalLayer, weighting: str) -> dict[str, Any]:
     """Return what is known of the inputs of one final layer, as plain values.
 
-    Args:
-        engine (Engine): One of ``spectrum_methods(weighting)`` that has been fitted.
-        layer (FinalLayer): One of its layers.
-        weighting (str): The weighting that shifts use.
+    The engine is one of ``spectrum_methods(weighting)`` and has been fitted.
 
     Returns:
         (dict): ``name``, ``kind`` and ``level`` of the layer; ``d``, length of an input row; ``rows`` seen; ``norm``,
-            ‖V‖_F; ``unweighted``, a ``Spectrum`` of all rows alike, and ``weighted``; ``settings``: what ``sos_rank``
+            ‖V‖_F; ``unweighted``, the ``spectrum`` of all rows alike, and ``weighted``; ``settings``: what ``sos_rank``
             (method principal) and ``sos_budget`` would do: ``setting``, ``value``, ``rank``, ``squared_norm_ratio``
             (‖V*‖²/‖V‖²) and ``deviation`` of the outputs, weighted.
     """
@@ -104,7 +93,7 @@ def layer_spectrum(engine: Engine, layer: FinalLayer, weighting: str) -> dict[st
         "d": unweighted.d,
         "rows": unweighted.rows,
         "norm": float(as_float64(weight).norm()),
-        "unweighted": asdict(Spectrum.of(unweighted, weight)),
-        "weighted": asdict(Spectrum.of(weighted, weight)),
+        "unweighted": spectrum(unweighted, weight),
+        "weighted": spectrum(weighted, weight),
         "settings": settings,
     }

@@ -10,12 +10,12 @@ from importlib.metadata import version
 
 from yolo_sos import __version__
 from yolo_sos.builtin import CFG_DIR
-from yolo_sos.cli import analyze, evaluate, experiment, fit, shift, stock, table, train
+from yolo_sos.cli import analyze, calibrate, convert, evaluate, experiment, fit, shift, stock, table, train
 from yolo_sos.cli.grammar import read, refusing
 
 __all__ = ["main"]
 
-OURS = [module.MODE for module in (train, fit, shift, analyze, evaluate, experiment, table)]
+OURS = [module.MODE for module in (convert, fit, train, shift, calibrate, evaluate, analyze, experiment, table)]
 MODES = {mode.name: mode for mode in (*OURS, *stock.MODES)}
 HELP = f"""\
 yolo-sos: Ultralytics YOLO with stochastic optimum shifting (SOS)
@@ -23,14 +23,14 @@ yolo-sos: Ultralytics YOLO with stochastic optimum shifting (SOS)
     yolo-sos [TASK] MODE key=value ...
 
 {chr(10).join(f"  {mode.name:<12}{mode.summary}" for mode in OURS)}
+  cfg         print the settings of SOS with their defaults
 
   {", ".join((*stock.SUMMARIES, *stock.COMMANDS[:1]))},
-  {", ".join(stock.COMMANDS[1:])}: as with 'yolo'
-  cfg prints the settings of SOS; help, version, checks
+  {", ".join(stock.COMMANDS[1:])}: as with 'yolo'; help, version, checks
 
-    yolo-sos train data=VOC.yaml model=yolov5s.pt sos=true
+    yolo-sos convert voc=VOCdevkit/VOC2007 out=datasets/voc test=test
     yolo-sos train data=digits.yaml model=yolov5n.yaml imgsz=160 sos=true
-    yolo-sos shift model=runs/detect/train/weights/best.pt data=VOC.yaml
+    yolo-sos shift model=runs/detect/train/weights/best.pt
 
 yolo-sos MODE --help explains a mode and lists its arguments."""
 
@@ -58,6 +58,9 @@ def run(args: Sequence[str]) -> int | None:
     if first == "help" or not {"-h", "--help"}.isdisjoint(args):
         named = next((MODES[arg] for arg in args if arg in MODES), None)
         print(named.help() if named else HELP)
+    elif first in {"cfg", "version", "checks"} and len(args) > 1:
+        with refusing():
+            raise ValueError(f"'{args[1]}': {first} takes no arguments.")
     elif first == "cfg":
         print((CFG_DIR / "sos.yaml").read_text(encoding="utf-8"), end="")
     elif first in {"version", "checks"}:

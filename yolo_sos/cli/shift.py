@@ -17,6 +17,7 @@ OWN = (
     Argument("images", 512, "int | str", "training images to fit on, or all; others are held out for the guard"),
     Argument("draws", None, "int", "for method rows: how many draws to try, 10 if not given, and one in a sweep"),
     Argument("val", True, "bool", "score the val split before and after"),
+    Argument("calibrate", False, "bool", "make the scores of the shifted checkpoint probabilities, in a second file"),
     Argument("sweep", False, "bool", "trace every method over its range instead"),
     Argument("imgsz", None, "int", "image size in pixels; that of the training if not given"),
     Argument("batch", None, "int", "images at a time; that of the training if not given"),
@@ -27,7 +28,7 @@ OWN = (
 
 
 def run(arguments: dict[str, Any]) -> int:
-    """Shift or sweep; the exit status is 3 if the guard refused every step, so that nothing was written."""
+    """Shift or sweep; the exit status is 3 if a guard refused every step, or the calibration."""
     with refusing():
         from yolo_sos.core.checks import boolean
         from yolo_sos.yolo import CheckpointShift, CheckpointSweep
@@ -35,10 +36,13 @@ def run(arguments: dict[str, Any]) -> int:
         if not arguments.get("model"):
             raise ValueError("shift needs a checkpoint: model=path/to/best.pt")
         sweep = boolean("sweep", arguments.pop("sweep", False))
+        if sweep and boolean("calibrate", arguments.pop("calibrate", False)):
+            raise ValueError("calibrate=true has no effect with sweep=true, which writes no checkpoint.")
         job = (CheckpointSweep if sweep else CheckpointShift)(**arguments)
     with refusing(ValueError, OSError):  # an image that cannot be read after all, a disk that is full
         done = job.run()
-    return 3 if getattr(done, "output", "") is None else 0
+    calibration = getattr(job, "calibration", None)
+    return 3 if None in (getattr(done, "output", ""), getattr(calibration, "output", "")) else 0
 
 
 MODE = Mode(
@@ -53,5 +57,6 @@ MODE = Mode(
     run,
     also=[f"sos_{key}" for key in SHIFT_SETTINGS],
     result="Writes best-sos.pt and best-sos.json beside best.pt. The exit status is 3, and nothing is written, where "
-    "every step raises the held-out loss by more than guard. sweep writes best-sweep.csv and best-sweep.png.",
+    "every step raises the held-out loss by more than guard. calibrate also writes best-sos-calibrated.pt, as yolo-sos "
+    "calibrate does. sweep writes best-sweep.csv and best-sweep.png, and recommends a setting.",
 )

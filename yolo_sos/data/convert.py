@@ -28,6 +28,7 @@ from ultralytics.utils import LOGGER, TQDM, YAML
 from yolo_sos.data.images import image_size
 from yolo_sos.data.voc import Box, Selection, VOCAnnotation, read_annotation, read_image_set
 from yolo_sos.files import link, new_folder, write_text
+from yolo_sos.markdown import markdown_table
 
 SPLITS: Mapping[str, Sequence[str]] = {"train": ["train"], "val": ["val"], "test": ["test"]}
 
@@ -56,6 +57,11 @@ class ConversionReport:
     splits: dict[str, SplitCounts]
     noted: dict[str, tuple[str, ...]]
     resized: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        """Return the counts as a table, and the classes."""
+        rows = [["split", *SplitCounts._fields], *([split, *map(str, n)] for split, n in self.splits.items())]
+        return f"{markdown_table(rows)}{len(self.names)} classes: {', '.join(self.names)}"
 
 
 class _Sample(NamedTuple):
@@ -103,8 +109,7 @@ def convert_voc(
     """
     with new_folder(out) as folder:
         report = write_yolo(folder, roots, splits=splits, val_share=val_share, seed=seed, names=names, copy=copy)
-    for split, n in report.splits.items():
-        LOGGER.info(f"{out}: {split}: {n.images} images, {n.boxes} boxes, {n.difficult} difficult objects kept aside")
+    LOGGER.info(f"{report}\nwrote {Path(out) / 'data.yaml'}")
     return report
 
 
@@ -124,6 +129,8 @@ def write_yolo(
     if not {"train", "val"} <= {*splits, *(["val"] if val_share else [])} <= {"train", "val", "test"}:
         raise ValueError(f"splits: a data YAML has 'train', 'val' and, optionally, 'test'; not {list(splits)}")
     trees = [Path(roots)] if isinstance(roots, str | Path) else [Path(r) for r in roots]
+    for tree in trees:
+        _check_tree(tree)
     samples = {split: _read_split(trees, split, [s] if isinstance(s, str) else s) for split, s in splits.items()}
     if val_share:
         train, val = _hold_out(samples.pop("train"), val_share, seed)
@@ -150,6 +157,13 @@ def yolo_box(box: Box, width: int, height: int) -> Box:
     """Return x1, y1, x2, y2 in pixels from 0 as centre x, centre y, width and height in shares of the image's size."""
     left, top, right, bottom = box
     return (left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height
+
+
+def _check_tree(tree: Path) -> None:
+    if not (tree / "Annotations").is_dir():
+        within = sorted(path.parent for path in tree.glob("*/Annotations"))
+        hint = f". Did you mean {', '.join(map(str, within))}?" if within else ""
+        raise FileNotFoundError(f"{tree}: not a Pascal VOC tree, it has no folder Annotations{hint}")
 
 
 def _read_split(trees: Sequence[Path], split: str, sets: Sequence[str]) -> list[_Sample]:

@@ -5,43 +5,24 @@
     found = read_coco_detections("detections.json", truth)
     mean_ap(voc_ap(truth, found).ap), coco_ap(truth, found).stats["AP"]
 
-`boxes` holds the data and the convention of coordinates, `voc` the devkit's metric, `coco` COCO's, `voc_files` and
-`coco_files` the files, `report` and `plot` what is shown. None of these needs Ultralytics or torch; `detections`, which
-runs a model over a data set, and `command` do, and are not imported here.
+`boxes` holds the data and the convention of coordinates, `voc` the devkit's metric, `coco` COCO's, `calibration` the
+errors of scores as probabilities, `voc_files` and `coco_files` the files, `report` and `plot` what is shown. None of
+these needs Ultralytics or torch; `detections`, which runs a model over a data set, and `command` do.
 """
 
-from yolo_sos.evaluate.boxes import Detections, GroundTruth, snap
-from yolo_sos.evaluate.coco import COCOResult, coco_ap
-from yolo_sos.evaluate.coco_files import (
-    read_coco_detections,
-    read_coco_truth,
-    write_coco_detections,
-    write_coco_truth,
-)
-from yolo_sos.evaluate.plot import plot_curves
-from yolo_sos.evaluate.report import Scores, report_json, table
-from yolo_sos.evaluate.voc import Curve, VOCResult, mean_ap, voc_ap
-from yolo_sos.evaluate.voc_files import read_voc_detections, voc_truth, write_voc_detections
+from yolo_sos._lazy import lazy_exports
 
-__all__ = [
-    "COCOResult",
-    "Curve",
-    "Detections",
-    "GroundTruth",
-    "Scores",
-    "VOCResult",
-    "coco_ap",
-    "mean_ap",
-    "plot_curves",
-    "read_coco_detections",
-    "read_coco_truth",
-    "read_voc_detections",
-    "report_json",
-    "snap",
-    "table",
-    "voc_ap",
-    "voc_truth",
-    "write_coco_detections",
-    "write_coco_truth",
-    "write_voc_detections",
-]
+_MODULES = {  # public name → module
+    **dict.fromkeys(("Detections", "GroundTruth", "snap"), "boxes"),
+    **dict.fromkeys(("COCOResult", "coco_ap"), "coco"),
+    **dict.fromkeys(("Curve", "Matches", "VOCResult", "mean_ap", "voc_ap"), "voc"),
+    **dict.fromkeys(("Reliability", "Samples", "reliability", "samples_of"), "calibration"),
+    **dict.fromkeys(
+        ("read_coco_detections", "read_coco_truth", "write_coco_detections", "write_coco_truth"), "coco_files"
+    ),
+    **dict.fromkeys(("read_voc_detections", "voc_truth", "write_voc_detections"), "voc_files"),
+    **dict.fromkeys(("Scores", "report_json", "table"), "report"),
+    **dict.fromkeys(("plot_curves", "plot_reliability"), "plot"),
+}
+__all__ = sorted(_MODULES)
+__getattr__, __dir__ = lazy_exports(__name__, {name: f"{__name__}.{module}" for name, module in _MODULES.items()})

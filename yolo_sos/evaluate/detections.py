@@ -163,13 +163,9 @@ def class_names(path: str) -> tuple[list[str], list[str]]:
 
 
 def xml_truth(paths: Sequence[Path], data: str | None, shapes: dict[str, tuple[int, int]] | None = None) -> GroundTruth:
-    """Read VOC annotations.
+    """Read VOC annotations, one per image, with height and width by image id, if known.
 
-    Args:
-        paths (Sequence[Path]): The XML files, one per image.
-        data (str | None): The data YAML that names the classes in the order of their indices; None for those that
-            occur, sorted.
-        shapes (dict[str, tuple[int, int]] | None): Height and width of each image, if they are known.
+    The data YAML names the classes in the order of their indices; without it they are those that occur, sorted.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -218,6 +214,17 @@ def load_detector(path: Path, truth: GroundTruth) -> YOLO:
     return model
 
 
+def in_image(boxes: torch.Tensor, image: dict[str, Any]) -> torch.Tensor:
+    """Return detected boxes in pixels of the original image, uncut, float64 on the CPU.
+
+    Args:
+        boxes (torch.Tensor): x1, y1, x2, y2 in pixels of the model's input, ``(n, 4)``.
+        image (dict): What a validator of Ultralytics prepares of the image.
+    """
+    boxes = ops.xyxy2xywh(boxes.cpu().double())  # as xyxy, scale_boxes would clip them
+    return ops.xywh2xyxy(ops.scale_boxes(image["imgsz"], boxes, image["ori_shape"], image["ratio_pad"], xywh=True))
+
+
 def detect(path: Path, truth: GroundTruth, *, clip: bool = False, **settings: Any) -> Validation:
     """Run Ultralytics' validation of a detector, and take its detections on the way: one pass for both.
 
@@ -249,9 +256,7 @@ def detect(path: Path, truth: GroundTruth, *, clip: bool = False, **settings: An
         def update_metrics(self, preds: list[dict[str, Any]], batch: dict[str, Any]) -> None:
             for i, pred in enumerate(preds):
                 image = self._prepare_batch(i, batch)
-                boxes = ops.xyxy2xywh(pred["bboxes"].cpu().double())  # as xyxy, scale_boxes would clip them too
-                boxes = ops.scale_boxes(image["imgsz"], boxes, image["ori_shape"], image["ratio_pad"], xywh=True)
-                boxes = ops.xywh2xyxy(boxes)
+                boxes = in_image(pred["bboxes"], image)
                 if clip:
                     ops.clip_boxes(boxes, image["ori_shape"])
                 rows = torch.column_stack([pred["conf"].cpu().double(), pred["cls"].cpu().double(), boxes])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from yolo_sos.evaluate.boxes import GroundTruth
+from yolo_sos.evaluate.calibration import BINS, LA_BINS, LEAST_SCORE
 from yolo_sos.evaluate.voc import mean_ap
 from yolo_sos.files import finite
 from yolo_sos.markdown import markdown_table, mean_std
@@ -49,16 +50,44 @@ def table(truth: GroundTruth, runs: Sequence[Scores]) -> str:
     counts = [str(truth.positives().sum()), str(difficult.sum()) if truth.difficult_known else "?"]
     rows.append(["**mean**", *counts, *(_cell([r.means()[m] for r in runs]) for m in metrics)])
     text = markdown_table(rows)
-    if len(runs) > 1:
-        by_run = [[r.name, *(_cell([mean]) for mean in r.means().values())] for r in runs]
-        text += "\n" + markdown_table([["run", *metrics], *by_run])
-    return text
+    return f"{text}\n{_by_run(runs)}" if len(runs) > 1 else text
 
 
-def report_json(truth: GroundTruth, runs: Sequence[Scores], **header: Any) -> dict[str, Any]:
-    """Return header, ground truth, means, standard deviations (of several runs) and each run, as JSON can hold them.
+def tables(truth: GroundTruth, runs: Sequence[Scores]) -> str:
+    """Lay out AP by class and metric, a table for each run, and one of their means over classes."""
+    return "\n".join([*(f"{r.name}\n\n{table(truth, [r])}" for r in runs), _by_run(runs)])
 
-    What is undefined is None. The runs, at least one, have the same metrics.
+
+def calibration_tables(
+    classes: Sequence[str], runs: Sequence[Scores], precision: float, *, averaged: bool = True
+) -> str:
+    """Lay out calibration errors by run, and thresholds by class, as aligned Markdown.
+
+    Thresholds are the means of the runs, or, where these are not ``averaged``, have a table for each. Runs without
+    ``calibration`` in their details have none; where no run has any, the text is empty.
+    """
+    found = [(r.name, r.details["calibration"]) for r in runs if r.details.get("calibration")]
+    if not found:
+        return ""
+    errors = ("ECE", "LaECE", "NLL", "Brier")
+    rows = [[name, str(c["samples"]), *(_cell([c[e]]) for e in errors)] for name, c in found]
+    if averaged and len(found) > 1:
+        rows.append(["**mean**", "", *(_cell([c[e] for _, c in found]) for e in errors)])
+    parts = [markdown_table([["run", "detections", *errors], *rows])]
+    head = ["class", "best F1 at", "F1", f"precision {precision:g} at", "recall"]
+    for group in [found] if averaged else [[run] for run in found]:
+        judged = [[c["thresholds"][k] for _, c in group] for k in range(len(classes))]
+        keys = ("best_f1", "f1", "precision", "recall")
+        by_class = [[n, *(_cell([t[key] for t in of]) for key in keys)] for n, of in zip(classes, judged, strict=True)]
+        parts.append(("" if averaged else f"{group[0][0]}\n\n") + markdown_table([head, *by_class]))
+    return "\n".join(parts)
+
+
+def report_json(truth: GroundTruth, runs: Sequence[Scores], *, averaged: bool = True, **header: Any) -> dict[str, Any]:
+    """Return header, ground truth, mean and standard deviation over the runs, and each run, as JSON can hold them.
+
+    What is undefined is None, so are mean and standard deviation of runs that are not ``averaged``. The runs, at least
+    one, have the same metrics.
     """
     positives = truth.positives().tolist()
     difficult = np.bincount(truth.label[truth.difficult], minlength=len(truth.classes)).tolist()
@@ -70,8 +99,10 @@ def report_json(truth: GroundTruth, runs: Sequence[Scores], **header: Any) -> di
             "objects": dict(zip(truth.classes, positives, strict=True)),
             "difficult": dict(zip(truth.classes, difficult, strict=True)) if truth.difficult_known else None,
         },
-        "mean": {m: float(np.mean(values)) for m, values in means.items()},
-        "std": {m: float(np.std(values, ddof=1)) if len(runs) > 1 else None for m, values in means.items()},
+        "mean": {m: float(np.mean(values)) if averaged else None for m, values in means.items()},
+        "std": {
+            m: float(np.std(values, ddof=1)) if averaged and len(runs) > 1 else None for m, values in means.items()
+        },
         "runs": [
             {
                 "name": r.name,
@@ -85,10 +116,10 @@ def report_json(truth: GroundTruth, runs: Sequence[Scores], **header: Any) -> di
     return finite(report)
 
 
-def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
+def notes(truth: GroundTruth, iou: float) -> list[str]:
     """Return sentences on why the metrics differ and what about this ground truth limits them.
 
-    The devkit's metric has the threshold ``iou``; the table shows so many runs.
+    The devkit's metric has the threshold ``iou``.
     """
     lines = [
         f"VOC is the devkit's metric at IoU {iou:g}: a detection belongs to the object it overlaps most, and difficult "
@@ -98,6 +129,9 @@ def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
         "detections per image and class, and averages precision at 101 recalls; AP is the mean over IoU 0.50 to 0.95.",
         "Ultralytics interpolates linearly between the points of the curve before it averages at 101 recalls, and "
         "leaves difficult objects out of its labels, so that a detection on one is false.",
+        f"ECE, LaECE, NLL and Brier score take detections with a score of at least {LEAST_SCORE:g}; a hit is a true "
+        f"positive of VOC at IoU {iou:g}. ECE has {BINS} bins for all classes together; LaECE has {LA_BINS} for each, "
+        "and the IoU with its object as the target of a hit. A threshold for a precision is the lowest that gives it.",
     ]
     lines += truth.remarks
     if repeated := np.count_nonzero(truth.repeated() & ~truth.difficult):
@@ -111,9 +145,12 @@ def notes(truth: GroundTruth, iou: float, runs: int) -> list[str]:
         )
     if undefined := [name for name, n in zip(truth.classes, truth.positives(), strict=True) if not n]:
         lines.append(f"Without an object to be found, so without AP and not in the mean: {', '.join(undefined)}.")
-    if runs > 1:
-        lines.append(f"Mean ± sample standard deviation of {runs} runs.")
     return lines
+
+
+def _by_run(runs: Sequence[Scores]) -> str:
+    by_run = [[r.name, *(_cell([mean]) for mean in r.means().values())] for r in runs]
+    return markdown_table([["run", *runs[0].ap], *by_run])
 
 
 def _cell(values: Sequence[float]) -> str:

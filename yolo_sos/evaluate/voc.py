@@ -70,6 +70,62 @@ class VOCResult:
     curves: tuple[Curve, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """Detections, and the object that each of them belongs to: rule 2, which depends on no threshold.
+
+    Attributes:
+        truth (GroundTruth): G objects of K classes.
+        image (np.ndarray): Index of each detection's image, int64, shape (D,).
+        label (np.ndarray): Index of its class, int64, shape (D,).
+        score (np.ndarray): Its confidence, float64, shape (D,). The order breaks ties.
+        owner (np.ndarray): The object of its class and image that it overlaps most, int64, shape (D,); -1 for none.
+        overlap (np.ndarray): Their intersection over union, float64, shape (D,).
+    """
+
+    truth: GroundTruth
+    image: np.ndarray
+    label: np.ndarray
+    score: np.ndarray
+    owner: np.ndarray
+    overlap: np.ndarray
+
+    @classmethod
+    def of(cls, truth: GroundTruth, found: Detections) -> Matches:
+        """Match detections to the objects of a ground truth."""
+        return cls(truth, found.image, found.label, found.score, *best_objects(truth, found))
+
+    def __len__(self) -> int:
+        """Return the number of detections."""
+        return len(self.score)
+
+    def __getitem__(self, chosen: np.ndarray) -> Matches:
+        """Return some of the detections, by index or by mask."""
+        columns = (self.image, self.label, self.score, self.owner, self.overlap)
+        return Matches(self.truth, *(column[chosen] for column in columns))
+
+    def judge(self, iou: float) -> tuple[np.ndarray, np.ndarray]:
+        """Apply rule 3.
+
+        Args:
+            iou (float): Least intersection over union of a true positive.
+
+        Returns:
+            true (np.ndarray): Which detections are true positives, bool, shape (D,).
+            neutral (np.ndarray): Which do not count, as they belong to a difficult object, bool, shape (D,).
+        """
+        hit = (self.owner >= 0) & (self.overlap >= iou)
+        neutral = np.zeros(len(self), bool)
+        neutral[hit] = self.truth.difficult[self.owner[hit]]
+        taking = np.flatnonzero(hit & ~neutral)
+        taking = taking[np.argsort(-self.score[taking], kind="stable")][::-1]
+        first = np.full(len(self.truth.boxes), -1)  # the detection that takes each object
+        first[self.owner[taking]] = taking  # backwards: the best is written last, and stays
+        true = np.zeros(len(self), bool)
+        true[first[first >= 0]] = True
+        return true, neutral
+
+
 def voc_ap(truth: GroundTruth, detections: Detections, iou: float = 0.5) -> VOCResult:
     """Evaluate detections by the rules of the VOC devkit (see the module).
 
@@ -81,25 +137,22 @@ def voc_ap(truth: GroundTruth, detections: Detections, iou: float = 0.5) -> VOCR
     Raises:
         ValueError: If `iou` is out of range.
     """
+    return voc_result(Matches.of(truth, detections), iou)
+
+
+def voc_result(matches: Matches, iou: float = 0.5) -> VOCResult:
+    """Evaluate detections that are matched already, as `voc_ap` does."""
     if not 0 < iou <= 1:
         raise ValueError(f"the IoU threshold must be above 0 and at most 1, not {iou}")
-    owner, overlap = best_objects(truth, detections)
-    hit = overlap >= iou
-    neutral = np.zeros(len(detections), bool)
-    neutral[hit] = truth.difficult[owner[hit]]
-
-    order = np.lexsort((-detections.score, detections.label))  # by class, then score, then as they came: it is stable
+    true, neutral = matches.judge(iou)
+    order = np.lexsort((-matches.score, matches.label))  # by class, then score, then as they came: it is stable
     order = order[~neutral[order]]
-    ranks = np.flatnonzero(hit[order])[::-1]
-    first = np.full(len(truth.boxes), -1)  # rank of the detection that takes each object
-    first[owner[order[ranks]]] = ranks  # backwards: the best rank is written last, and stays
-    true = np.zeros(len(order), bool)
-    true[first[first >= 0]] = True
+    true = true[order]
 
-    positives = truth.positives()
+    positives = matches.truth.positives()
     ap, ap07 = np.full(len(positives), np.nan), np.full(len(positives), np.nan)
     curves = []
-    ends = np.cumsum(np.bincount(detections.label[order], minlength=len(positives)))
+    ends = np.cumsum(np.bincount(matches.label[order], minlength=len(positives)))
     for k, (start, end) in enumerate(pairwise([0, *ends])):
         found = np.cumsum(true[start:end])
         precision = found / np.arange(1, end - start + 1)
@@ -107,7 +160,7 @@ def voc_ap(truth: GroundTruth, detections: Detections, iou: float = 0.5) -> VOCR
         if npos := int(positives[k]):
             recall = found / npos
             ap[k], ap07[k] = _average_precision(true[start:end], found, precision, npos)
-        curves.append(Curve(detections.score[order[start:end]], recall, precision))
+        curves.append(Curve(matches.score[order[start:end]], recall, precision))
     return VOCResult(iou=iou, ap=ap, ap07=ap07, positives=positives, curves=tuple(curves))
 
 

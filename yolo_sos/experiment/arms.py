@@ -12,13 +12,11 @@ from typing import Any
 from ultralytics.cfg import get_cfg
 from ultralytics.utils import YAML
 
-from yolo_sos.arguments import read_cfg
+from yolo_sos.arguments import OF_ONE_RUN, read_cfg
 from yolo_sos.builtin import CFG_DIR
 from yolo_sos.config import SOSConfig, is_sos_key
 
 DEFAULT = "default.yaml"
-# Keys that do not change a result, or that a record holds outside its config
-LEFT_OUT = ("cfg", "device", "exist_ok", "mode", "name", "plots", "project", "resume", "save_dir", "seed", "verbose")
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def resolved(settings: dict[str, Any]) -> dict[str, Any]:
     theirs = {k: v for k, v in settings.items() if not is_sos_key(k)}
     ours = {k: v for k, v in settings.items() if is_sos_key(k)}
     whole = {**vars(get_cfg(overrides=theirs)), **SOSConfig.from_dict(ours).to_dict()}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(whole.items()) if k not in LEFT_OUT}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(whole.items()) if k not in OF_ONE_RUN}
 
 
 def find_experiment(name: str) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ultralytics.utils import LOGGER, TQDM, colorstr
 
+from yolo_sos.arguments import several
 from yolo_sos.core.checks import boolean, choice, invalid
 from yolo_sos.experiment.arms import find_experiment, read_arms
 from yolo_sos.experiment.judge import check_judgement, judged_settings
@@ -63,11 +64,11 @@ class Experiment:
         path = Path(name)  # records bear the name as it was given, or that of the folder where it lies elsewhere
         self.name = folder.name if path.is_absolute() or ".." in path.parts else path.as_posix()
         self.results = Path(results)
-        self.splits = _names("splits", splits)
+        self.splits = None if splits is None else tuple(several("splits")("splits", splits))
         for split in self.splits or ():
             if split not in {"train", "val", "test"}:
                 raise invalid("splits", split, "of train, val, test")
-        chosen = read_arms(folder, _names("arms", arms), overrides)
+        chosen = read_arms(folder, None if arms is None else several("arms")("arms", arms), overrides)
         for arm in chosen.values():
             judged_settings(arm.config)  # raises if a record could not judge as the training validates
         given = ("0" if device == 0 else device) or next(iter(chosen.values())).settings.get("device") or ""
@@ -156,16 +157,6 @@ class Experiment:
         if not seconds:
             return "no estimate of time before one run has trained an epoch"
         return f"about {left * median(seconds) / 3600:.1f} h left, one after another"
-
-
-def _names(key: str, value: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    names = value.removeprefix("[").removesuffix("]").split(",") if isinstance(value, str) else list(value)
-    names = [str(name).strip() for name in names]
-    if not all(names):
-        raise invalid(key, value, "names with commas between them")
-    return tuple(names)
 
 
 def _seeds(value: int | Sequence[int]) -> tuple[int, ...]:

@@ -27,13 +27,7 @@ SETTINGS = (
 
 
 def judged_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a training that its validation depends on, for `judge` and `check_judgement`.
-
-    Args:
-        config (Mapping[str, Any]): Ultralytics' settings of the training, such as the record of a run keeps.
-
-    Returns:
-        (dict[str, Any]): Those that a validation depends on, without those that are None.
+    """Return the settings of a training that its validation depends on, of those that are not None.
 
     Raises:
         ValueError: If the training validated on a part of a split, which a record does not.
@@ -47,13 +41,9 @@ def judged_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_judgement(data: str, split: str, *, task: str, **settings: Any) -> GroundTruth | None:
-    """Check that a split of a data set can be judged; to be called before a run trains its first epoch.
+    """Check that a split of a data set can be judged, before a run trains its first epoch.
 
-    Args:
-        data (str): The data YAML, or the folder or name of a classification set; it is downloaded if it is not there.
-        split (str): ``train``, ``val`` or ``test``.
-        task (str): Ultralytics' task, such as ``detect`` or ``classify``.
-        **settings (Any): The rest of what `judged_settings` returns.
+    The data set is downloaded if it is not there; task and settings are what `judged_settings` returns.
 
     Returns:
         (GroundTruth | None): The objects of a detection data set with VOC annotations; None for all others.
@@ -79,7 +69,7 @@ def judge(
 ) -> dict[str, float]:
     """Validate a model on one split in one pass, logging nothing but warnings.
 
-    ``device`` is as Ultralytics takes it, None for what it picks; the other arguments are those of `check_judgement`.
+    The arguments are those of `check_judgement`, and ``device`` as Ultralytics takes it.
 
     Returns:
         (dict[str, float]): Ultralytics' metrics by its own names, such as ``metrics/mAP50-95(B)`` or

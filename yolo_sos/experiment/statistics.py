@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 MOST_PAIRS = 40  # the halves of the exact test are then lists of a million sums, 8 MB each
 TIE = 1e-9  # sums of differences that lie closer than this share of Σ|d| are equal but for rounding
@@ -18,34 +19,6 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def t_probability(t: float, dof: int) -> float:
-    """Return ``P(|T| ≤ t)`` of Student's distribution with ``dof`` ≥ 1 degrees of freedom, for t ≥ 0.
-
-    Closed form for whole degrees of freedom: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 (odd)
-    and 26.7.4 (even), a series of ``dof/2`` terms in ``θ = arctan(t/√dof)``.
-    """
-    theta = math.atan2(t, math.sqrt(dof))
-    odd = dof % 2
-    term, series = math.cos(theta) if odd else 1.0, 0.0
-    for k in range(odd, dof - 1, 2):
-        series += term
-        term *= (k + 1) / (k + 2) * math.cos(theta) ** 2
-    half = math.sin(theta) * series
-    return 2 / math.pi * (theta + half) if odd else half
-
-
-def t_quantile(level: float, dof: int) -> float:
-    """Return the t with ``P(|T| ≤ t) = level``, 0 < level < 1, by bisection over θ (see `t_probability`)."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(64):  # more than the bits of a float64
-        middle = (low + high) / 2
-        if t_probability(math.sqrt(dof) * math.tan(middle), dof) < level:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(dof) * math.tan((low + high) / 2)
-
-
 def t_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """Return both ends of the confidence interval of a mean, ``mean ± t·s/√n`` with n − 1 degrees of freedom.
 
@@ -53,7 +26,7 @@ def t_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float
     """
     mean, std = mean_and_std(differences)
     n = len(differences)
-    half = t_quantile(level, n - 1) * std / math.sqrt(n) if n > 1 else math.nan
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * std / math.sqrt(n) if n > 1 else math.nan
     return mean - half, mean + half
 
 

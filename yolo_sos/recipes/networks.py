@@ -55,12 +55,7 @@ def set_head(model: nn.Module) -> bool:
     """Let the final layer see the pooled features themselves, if the model's YAML says ``head_conv: false``.
 
     Ultralytics' Classify head has a 1 × 1 convolution to 1 280 channels of its own, which none of these networks has.
-
-    Args:
-        model (nn.Module): A classification model that Ultralytics has just built.
-
-    Returns:
-        (bool): Whether the head was changed; its linear layer is a new one then.
+    Returns whether the head of this classification model was changed; its linear layer is a new one then.
     """
     head = head_of(model)
     if not isinstance(head, Classify) or model.yaml.get("head_conv", True) or isinstance(head.conv, nn.Identity):

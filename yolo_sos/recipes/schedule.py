@@ -11,15 +11,9 @@ from yolo_sos.yolo.training import TrainerExtension
 
 
 def step_factor(epoch: int, epochs: int, steps: Sequence[float]) -> float:
-    """Return the factor of the learning rate in an epoch.
+    """Return the factor of the learning rate in an epoch, counted from 0: ``10⁻ᵏ`` after k of the steps.
 
-    Args:
-        epoch (int): The epoch, counted from 0 as in Ultralytics' loop.
-        epochs (int): Epochs of the whole run.
-        steps (Sequence[float]): Fractions of the epochs after which the learning rate is divided by 10, each in (0, 1).
-
-    Returns:
-        (float): ``10⁻ᵏ`` after k of the steps.
+    The steps are fractions of the ``epochs`` of the whole run, each in (0, 1).
     """
     return 0.1 ** sum(epoch >= round(step * epochs, 6) for step in steps)  # rounded: 0.1 · 30 is 3.0000000000000004
 

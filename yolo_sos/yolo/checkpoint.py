@@ -78,15 +78,16 @@ class Checkpoint:
                 raise ValueError(f"{path}: {name} holds values that are not finite (NaN or Inf): it cannot be shifted.")
         return layers
 
-    def save(self, path: Path, weights: dict[str, Tensor], note: dict[str, Any]) -> None:
+    def save(self, path: Path, weights: dict[str, Tensor], note: dict[str, Any], key: str = "shifts") -> None:
         """Write the checkpoint as it is, but for other weights and a note; in half precision, as Ultralytics saves.
 
         Whatever else it holds (optimizer, epoch, arguments) stays, so that an unfinished run can be resumed.
 
         Args:
             path (Path): The file to write.
-            weights (dict[str, Tensor]): Layer name → ``(out, d)``.
-            note (dict): Plain values that tell of the shift.
+            weights (dict[str, Tensor]): Layer name → ``(out, d)``, or ``[V b]``.
+            note (dict): Plain values that tell of what was done.
+            key (str): The list in the checkpoint that the note is added to.
         """
         ckpt, _ = torch_safe_load(self.path)  # again: Ultralytics alters in place what it loads
         model = ckpt.get("ema") or ckpt["model"]
@@ -97,7 +98,7 @@ class Checkpoint:
         # Plain values only: a class of ours would make the checkpoint unreadable without yolo_sos. The settings are
         # those of a training with SOS, which resumes by them; other checkpoints resume without SOS.
         before = ckpt.get(CHECKPOINT_KEY) or {"version": __version__, "settings": SOSConfig.from_dict({}).to_dict()}
-        ckpt[CHECKPOINT_KEY] = {**before, "shifts": [*before.get("shifts", []), {"version": __version__, **note}]}
+        ckpt[CHECKPOINT_KEY] = {**before, key: [*before.get(key, []), {"version": __version__, **note}]}
         buffer = io.BytesIO()  # torch.save to a path puts the path's name into every record
         torch.save(ckpt, buffer)
         path.write_bytes(buffer.getbuffer())

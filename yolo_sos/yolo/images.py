@@ -263,6 +263,14 @@ class CheckpointData:
         """Return random sets of the training images, see ``ImageSample``."""
         return ImageSample(self.dataset, self._validator.preprocess, self.batch, sizes, seed)
 
+    def has(self, split: str) -> bool:
+        """Tell whether the data set names a split."""
+        return bool(self.content.get(split))
+
+    def check(self, split: str) -> None:
+        """Raise what opening a split raises, see the class."""
+        self._open(split)
+
     def check_classes(self, checkpoint: Checkpoint) -> None:
         """Raise a ``ValueError`` if a checkpoint has other classes than the data set."""
         ours, theirs = check_class_names(checkpoint.model.names), check_class_names(self.content["names"])

@@ -17,6 +17,7 @@ from yolo_sos.core.checks import boolean, number, optional
 from yolo_sos.yolo.checkpoint import Checkpoint
 from yolo_sos.yolo.heads import YoloTask, layers_of_kinds
 from yolo_sos.yolo.images import CheckpointData, split_sizes
+from yolo_sos.yolo.recording import Pass, record
 from yolo_sos.yolo.score import score
 
 IMAGES = 512  # to fit on by default: several of each class in most data sets
@@ -134,14 +135,22 @@ class CheckpointJob:
         """Do the work and write its results."""
         raise NotImplementedError
 
+    def record(self, weights: Sequence[dict[str, Any]], split: str) -> Pass:
+        """Return the metrics of ``score``, with what the model finds as it is and with each set of weights."""
+        args = {**self.data.args, "split": split, "rect": True}  # rect as 'yolo val' has it
+        return record(self.checkpoint.validator, args, self.model, self._rounded(weights))
+
     def score(self, weights: Sequence[dict[str, Any]], split: str) -> tuple[list[dict[str, float]], dict[str, float]]:
         """Return Ultralytics' metrics on a split, of the model as it is and with each set of weights, and the time.
 
         Weights are rounded to half precision first, as a checkpoint holds them.
         """
-        args = {**self.data.args, "split": split, "rect": True}  # rect as 'yolo val' has it
-        rounded = [{name: w.half().to(w.dtype) for name, w in one.items()} for one in weights]
-        return score(self.checkpoint.validator, args, self.model, rounded)
+        args = {**self.data.args, "split": split, "rect": True}
+        return score(self.checkpoint.validator, args, self.model, self._rounded(weights))
+
+    @staticmethod
+    def _rounded(weights: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{name: w.half().to(w.dtype) for name, w in one.items()} for one in weights]
 
 
 class ShiftJob(CheckpointJob):

@@ -78,7 +78,7 @@ class ManyWeights(BaseValidator):
         inputs = self._capture.take()
         for counter, weights in zip(self._counters, self.weights, strict=True):
             raw = self._task.replay(self._output[1], layer_outputs(self._task.layers, weights, inputs))
-            output = self._task.decode(self._output, raw)
+            counter._output = output = self._task.decode(self._output, raw)
             super(ManyWeights, counter).update_metrics(super().postprocess(output), batch)
         self.seconds += time.perf_counter() - start
 
@@ -88,6 +88,24 @@ class ManyWeights(BaseValidator):
         self.results = [dict(super(ManyWeights, counter).get_stats()) for counter in self._counters]
         self.seconds += time.perf_counter() - start
         return super().get_stats()
+
+
+def run_many(
+    mixins: tuple[type, ...], validator: type[Any], args: dict[str, Any], model: nn.Module, **attributes: Any
+) -> tuple[Any, dict[str, float]]:
+    """Validate a model by one of Ultralytics' validators with mixins; return the validator and the model's metrics.
+
+    Args:
+        mixins (tuple[type, ...]): ``ManyWeights``, and what is to come between it and the validator.
+        validator (type): Ultralytics' validator for the task.
+        args (dict): Its arguments.
+        model (nn.Module): The model, which stays as it is.
+        **attributes (Any): Attributes for the mixins, such as ``weights``.
+    """
+    with TemporaryDirectory() as folder:  # Ultralytics makes a folder for plots, which are not made
+        many = type(f"Many{validator.__name__}", (*mixins, validator), {})(args=args, save_dir=Path(folder))
+        vars(many).update(attributes)
+        return many, dict(many(model=model))
 
 
 def score(
@@ -106,10 +124,7 @@ def score(
         seconds (dict[str, float]): Time of a plain ``validation``, and of the ``points`` on top of it.
     """
     start = time.perf_counter()
-    with TemporaryDirectory() as folder:  # Ultralytics makes a folder for plots, which are not made
-        many = type(f"Many{validator.__name__}", (ManyWeights, validator), {})(args=args, save_dir=Path(folder))
-        many.weights = weights
-        own = dict(many(model=model))
+    many, own = run_many((ManyWeights,), validator, args, model, weights=weights)
     total = time.perf_counter() - start
     return [own, *many.results], {"validation": total - many.seconds, "points": many.seconds}
 

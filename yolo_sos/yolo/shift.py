@@ -25,9 +25,13 @@ from yolo_sos.core import (
     input_rows,
     weight_matrix,
 )
+from yolo_sos.core.checks import boolean
 from yolo_sos.files import atomic_path, write_text
+from yolo_sos.yolo.calibrate import CheckpointCalibration
+from yolo_sos.yolo.calibrate_report import CalibrationReport
 from yolo_sos.yolo.heads import YoloTask
-from yolo_sos.yolo.job import ShiftJob, deviations, heldout_moments
+from yolo_sos.yolo.job import ShiftJob, check_free, deviations, heldout_moments
+from yolo_sos.yolo.recording import Pass
 from yolo_sos.yolo.shift_report import CheckpointLayer, CheckpointReport
 from yolo_sos.yolo.training import PREFIX
 
@@ -37,6 +41,16 @@ class CheckpointShift(ShiftJob):
 
     draws = 10
     names = ("{}-sos.pt", "{}-sos.json")
+    calibration: CalibrationReport | None = None  # of the shifted checkpoint, after ``run``
+
+    def __init__(self, model: str | Path, data: str | Path | None = None, *, calibrate: bool = False, **options: Any):
+        """Check everything as ``ShiftJob``, and the files of a calibration."""
+        self.calibrate = boolean("calibrate", calibrate)
+        super().__init__(model, data, **options)
+        if self.calibrate:
+            if not self.splits:
+                raise ValueError("calibrate=true is fitted on what val=true finds in the val split: leave val on.")
+            check_free(CheckpointCalibration.outputs_of(self.outputs[0]), options.get("exist_ok", False))
 
     def run(self) -> CheckpointReport:
         """Shift, and write the result unless the guard forbids it.
@@ -58,9 +72,11 @@ class CheckpointShift(ShiftJob):
         step, before, after = engine.accept(shift, heldout, guard)
         weights = shift.weights(step)
         metrics: list[dict[str, float]] = [{}, {}]
+        seen: Pass | None = None
         engine.watch.lap("guard")
         if step > 0 and self.splits:
-            metrics, _ = self.score([weights], *self.splits)
+            seen = self.record([weights], *self.splits) if self.calibrate else None
+            metrics = seen.metrics if seen else self.score([weights], *self.splits)[0]
             engine.watch.lap("val")
         output, json = self.outputs
         settings = {key: getattr(self.config, f"sos_{key}") for key in SHIFT_SETTINGS if rows or key != "solver"}
@@ -95,6 +111,8 @@ class CheckpointShift(ShiftJob):
             report = report.as_written(str(output), saved, rounding)
             write_text(json, report.to_json())
         LOGGER.info(f"\n{report.table()}\n\n{PREFIX}wrote {output} and {json}")
+        if seen:
+            self.calibration = CheckpointCalibration.after(self, output, seen.of(1))
         return report
 
     def _best_draw(
@@ -192,7 +210,8 @@ def shift_checkpoint(model: str | Path, data: str | Path | None = None, **option
             or ``all``, 512 by default; ``draws`` (int): for method ``rows``, how many to try, 10 by default: the one
             of least loss on images set aside for that is taken; ``imgsz``, ``batch`` (int): those of the training by
             default; ``device`` (str); ``seed`` (int): 0 by default; ``val`` (bool): whether to score the val split
-            before and after, on by default; ``exist_ok`` (bool): whether to replace existing files.
+            before and after, on by default; ``calibrate`` (bool): whether to calibrate the shifted checkpoint, too, off
+            by default; ``exist_ok`` (bool): whether to replace existing files.
 
     Returns:
         (CheckpointReport): What happened. Its ``output`` is None if nothing was written.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -99,35 +100,76 @@ class ShiftLog:
 
     @plt_settings()
     def plot(self, path: Path, on_plot: Callable[[Path], None] | None = None) -> None:
-        """Draw the curves of the EMA: norm without and with each shift, held-out loss before and after, accepted t."""
+        """Draw what became of the model that is saved: a bar per layer for one shift, curves over the epochs for more.
+
+        That model is the EMA, or a checkpoint that was shifted when training had ended.
+        """
         import matplotlib.pyplot as plt
 
+        saved = [row for row in self.rows if row["model"] != "model"]  # which is the live one
+        name = next((name for name in ("ema", "best", "last") if any(row["model"] == name for row in saved)), None)
         shifts: dict[int, list[dict[str, Any]]] = {}
-        for row in self.rows:
-            if row["model"] == "ema":
+        for row in saved:
+            if row["model"] == name:
                 shifts.setdefault(int(row["epoch"]), []).append(row)
-        epochs = list(shifts)
-
-        def norm(key: str) -> list[float]:
-            return [sum(float(row[key]) ** 2 for row in rows) ** 0.5 for rows in shifts.values()]
-
-        def first(key: str) -> list[float]:
-            return [float(rows[0][key]) for rows in shifts.values()]
-
-        fig, axes = plt.subplots(1, 3, figsize=(13, 4), tight_layout=True)
-        for ax, title, curves in (
-            (axes[0], "norm of the final layers", {"before": norm("norm_before"), "after": norm("norm_after")}),
-            (axes[1], "held-out loss", {"before": first("heldout_before"), "after": first("heldout_after")}),
-            (axes[2], "accepted step t", {"t": first("t")}),
-        ):
-            for (label, values), style in zip(curves.items(), ("o-", "s--"), strict=False):
-                ax.plot(epochs, values, style, label=label, markersize=4)
-            ax.set_title(title)
-            ax.set_xlabel("epoch")
-            ax.legend()
-        axes[2].set_ylim(-0.05, 1.05)
+        if not shifts:
+            return
+        fig = _bars(*shifts.popitem()) if len(shifts) == 1 else _curves(shifts)
         with atomic_path(path) as temporary:
             fig.savefig(temporary, dpi=200)
         plt.close(fig)
         if on_plot:
             on_plot(path)
+
+
+def _bars(epoch: int, rows: list[dict[str, Any]]) -> Any:
+    """Return a figure of one shift: the squared norm of each layer before and after."""
+    import matplotlib.pyplot as plt
+
+    before, after = ([float(row[key]) ** 2 for row in rows] for key in ("norm_before", "norm_after"))
+    losses = [float(rows[0][key]) for key in ("heldout_before", "heldout_after")]
+    places = range(len(rows))
+    fig, ax = plt.subplots(figsize=(9, 2.1 + 0.45 * len(rows)), layout="constrained")
+    ax.barh([y - 0.2 for y in places], before, 0.4, label="before", color="C7")
+    bars = ax.barh([y + 0.2 for y in places], after, 0.4, label="after", color="C0")
+    ratios = [f"×{b / a:.2f}" if a else "" for a, b in zip(before, after, strict=True)]
+    ax.bar_label(bars, ratios, padding=4)
+    ax.set_yticks(places, [f"{row['name']} ({row['kind']})" for row in rows])
+    ax.invert_yaxis()
+    ax.set_xlabel("squared norm ‖V‖²")
+    ax.legend()
+    total = f"×{sum(after) / sum(before):.3f} of the squared norm" if sum(before) else "nothing"
+    loss = "unknown" if math.isnan(losses[0]) else f"{losses[0]:.4g} → {losses[1]:.4g}"
+    ax.set_title(
+        f"Shift after epoch {epoch}: {total} is left\nheld-out loss {loss}, step size t={float(rows[0]['t']):g}"
+    )
+    return fig
+
+
+def _curves(shifts: dict[int, list[dict[str, Any]]]) -> Any:
+    """Return a figure of several shifts by epoch: squared norm and held-out loss before and after, and accepted t."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    def squared_norm(key: str) -> list[float]:
+        return [sum(float(row[key]) ** 2 for row in rows) for rows in shifts.values()]
+
+    def first(key: str) -> list[float]:
+        return [float(rows[0][key]) for rows in shifts.values()]
+
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for ax, title, curves in (
+        (axes[0], "squared norm of the final layers", {k: squared_norm(f"norm_{k}") for k in ("before", "after")}),
+        (axes[1], "held-out loss", {k: first(f"heldout_{k}") for k in ("before", "after")}),
+        (axes[2], "accepted step size t", {"t": first("t")}),
+    ):
+        for (label, values), style in zip(curves.items(), ("o-", "s--"), strict=False):
+            ax.plot(list(shifts), values, style, label=label, markersize=4)
+        ax.set_title(title)
+        ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.ticklabel_format(axis="y", useOffset=False, style="plain")
+        if len(curves) > 1:
+            ax.legend()
+    axes[2].set_ylim(-0.05, 1.05)
+    return fig
