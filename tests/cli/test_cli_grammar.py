@@ -95,7 +95,7 @@ def test_words():
         (["experiment"], "experiment takes one name, such as: yolo-sos experiment voc/yolov5s"),
         (["experiment", "a", "b"], "'b' is not a switch of experiment"),
         (["experiment", "a", "resume=b"], "'resume' is not a valid argument"),
-        (["mode=foo"], "'mode=foo' is invalid: mode must be one of convert, train, shift"),
+        (["mode=foo"], "'mode=foo' is invalid: mode must be one of convert, fit, train, shift"),
     ],
 )
 def test_what_is_refused(args, told):
