@@ -15,7 +15,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_sos.config import CHECKPOINT_KEY
 from yolo_sos.core import affine_matrix, write_weight
-from yolo_sos.files import finite, write_text
+from yolo_sos.files import finite, read_json, write_text
 from yolo_sos.yolo.class_fit import LEAST, ClassFit, default_images, fit_classes, fit_sizes
 from yolo_sos.yolo.classes import class_layers, in_order, known_classes, take_over
 from yolo_sos.yolo.images import covering_order, object_classes
@@ -79,6 +79,8 @@ class Fitting(TrainerExtension):
         self.metrics, self.fitness = self.validate()
         self.loss = None
         if RANK in {-1, 0}:
+            path = self.save_dir / "fit.json"
+            write_text(path, json.dumps({**read_json(path), "metrics": finite(self.metrics)}, indent=2) + "\n")
             self.save_model()
             self.last.unlink()  # an epoch of -1 is that of a training which has ended
             LOGGER.info(
