@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""Pages of the site that are made when it is built: settings, the command's modes, and the studies with their records.
+"""Pages of the site that are made when it is built: README, settings, the command's modes, the studies with their records.
 
 MkDocs calls these functions by their names, see ``hooks`` in mkdocs.yml.
 """
@@ -26,7 +26,7 @@ RECORDS = {".md", ".png", ".csv", ".json", ".html"}  # of studies/, to read
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are made, and those of studies/."""
-    made = {"reference/settings.md": settings_page(), "reference/cli.md": cli_page()}
+    made = {"index.md": first_page(), "reference/settings.md": settings_page(), "reference/cli.md": cli_page()}
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))
     for path in sorted((ROOT / "studies").rglob("*")):
@@ -54,6 +54,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"[{text}]({path}{hash_}{anchor})" if files.get_file_from_path(name) else f"{text} (`{name}`)"
 
     return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", link, markdown)
+
+
+def first_page() -> str:
+    """Return README, whose links are from the root of the repository: what the site does not have is only named."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    return re.sub(r"\[([^\]]+)\]\([A-Z]+\.(?:md|cff)\)", r"`\1`", text)
 
 
 def settings_page() -> str:

@@ -256,7 +256,7 @@ def settings_yaml() -> str:
 
 
 def settings_table() -> str:
-    """Return the settings as the table that README shows."""
+    """Return the settings as the table of the documentation."""
     rows = [[f"`{key}`", f"`{setting_default(key)}`", f.metadata["help"]] for key, f in SCHEMA.items()]
     return markdown_table([["key", "default", "meaning"], *rows], texts=3)
 

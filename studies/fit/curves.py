@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import pandas as pd
 
+from yolo_sos.experiment.record import read_rows
 from yolo_sos.files import read_json, write_text
 from yolo_sos.markdown import markdown_table
 
@@ -39,7 +39,7 @@ def gather(project: Path) -> dict[str, list[float]]:
     """Return run → mAP50-95 by epoch; that of a fitted run begins with the fit, before the first epoch."""
     curves = {}
     for path in sorted(project.glob("fit/*/*/results.csv")):
-        values = pd.read_csv(path)[METRIC].tolist()
+        values = [float(row[METRIC]) for row in read_rows(path)]
         fit = path.with_name("fit.json")
         start = [read_json(fit)["metrics"][METRIC]] if fit.exists() else [None]
         curves[path.parent.relative_to(project).as_posix()] = start + values

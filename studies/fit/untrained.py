@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from yolo_sos.files import write_text
+from yolo_sos.yolo.classes import resized
 from yolo_sos.yolo.fit import CheckpointFit
 
 HERE = Path(__file__).parent
@@ -27,7 +28,10 @@ def fit(args: argparse.Namespace, images: int | str, seed: int) -> dict:
         weights = shutil.copy(args.weights, Path(folder) / "model.pt")
         job = CheckpointFit(weights, args.data, images=images, imgsz=args.imgsz, batch=16, seed=seed, device="cpu")
         if not args.known:
+            names = {k: f"class {k}" for k in job.data.names}
             job.known = {}
+            job.model = resized(job.checkpoint.model, names, seed)
+            job.model.names, job.model.args = job.data.names, job.checkpoint.model.args
         report = job.run()
     return {
         "images": sum(report.images[name] for name in ("fit", "selection")),

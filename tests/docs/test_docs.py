@@ -19,7 +19,7 @@ from yolo_sos import cli
 from yolo_sos.config import KEYS
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(
+PAGES = [ROOT / "README.md"] + sorted(
     p for p in (ROOT / "docs").rglob("*.md") if p.relative_to(ROOT / "docs").parts[0] not in {"bench", "eval"}
 )
 
@@ -42,7 +42,7 @@ def test_commands_are_found():
 
 
 def test_the_first_page_is_short():
-    assert len((ROOT / "docs/index.md").read_text(encoding="utf-8").splitlines()) <= 120
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 @pytest.fixture(scope="module")
