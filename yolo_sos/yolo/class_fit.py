@@ -130,14 +130,16 @@ def fit_classes(
             weight[classes], told = fit_layer(layer, *of, starts[layer.name][classes], rows.loss, ridge, refit=True)
             layers.append(told)
         weights[layer.name] = weight.to(layer.module.weight.dtype)  # type: ignore[arg-type]
-    if not layers:
-        raise ValueError("There is nothing to fit on: no anchor point was assigned to an object.")
     engine.watch.lap("solve")
     heldout = engine.hold_out(images.batches("heldout"))
     before, after = heldout.before, heldout.loss(weights)
     engine.watch.lap("guard")
-    finite = all(map(torch.Tensor.all, map(torch.isfinite, weights.values())))
-    refusal = judge(layers, before, after) if finite and math.isfinite(before) else "a loss or weight is not finite"
+    if not layers:
+        refusal = "nothing to fit: the boxes that the model predicts do not meet the objects, so no row shows a class"
+    elif not math.isfinite(before):
+        refusal = f"the held-out loss of the model as it is, {before}, is not a number that can fall"
+    else:
+        refusal = judge(layers, before, after)  # an infinite or undefined loss after the fit does not fall
     report = FitReport(tuple(layers), before, after, refusal, engine.watch.milliseconds)
     return ClassFit(weights, report, shown.tolist(), engine)
 

@@ -114,7 +114,8 @@ class Fitting(TrainerExtension):
         shown = {names[k]: targets for k, targets in enumerate(fit.shown)}
         write_text(self.save_dir / "fit.json", json.dumps(finite({**told, "shown": shown}), indent=2) + "\n")
         (LOGGER.warning if report.refusal else LOGGER.info)(f"{PREFIX}fit_head: {report}")
-        if unseen := [name for name, targets in shown.items() if targets < 1]:
+        unseen = [name for name, targets in shown.items() if targets < 1]
+        if unseen and not report.refusal:
             LOGGER.warning(f"{PREFIX}fit_head: hardly an anchor point shows {', '.join(unseen)}, which is not fitted.")
 
     def _fit(self) -> ClassFit:
