@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""Pages of the site that are made when it is built: README, settings, the command's modes, the studies with their records.
+"""Pages of the site that are made when it is built: README, settings, the command's modes, studies and their records.
 
 MkDocs calls these functions by their names, see ``hooks`` in mkdocs.yml.
 """

@@ -19,9 +19,8 @@ from yolo_sos import cli
 from yolo_sos.config import KEYS
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md"] + sorted(
-    p for p in (ROOT / "docs").rglob("*.md") if p.relative_to(ROOT / "docs").parts[0] not in {"bench", "eval"}
-)
+SITE = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *(p for p in SITE if p.relative_to(ROOT / "docs").parts[0] not in {"bench", "eval"})]
 
 
 def commands(page: Path) -> list[list[str]]:
