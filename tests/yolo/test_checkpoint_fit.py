@@ -320,4 +320,5 @@ def test_rare_classes_come_first():
     assert sorted(order) == list(range(56))
     first = order[:4]
     assert sum(1 in shown[i] for i in first) >= 2 and sum(2 in shown[i] for i in first) >= 2
+    assert set().union(*(shown[i] for i in order[: len(set().union(*shown))])) == set().union(*shown)
     assert order != covering_order(shown, 2, seed=5) and order == covering_order(shown, 2, seed=4)

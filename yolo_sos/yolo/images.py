@@ -71,7 +71,7 @@ def draw(count: int, labels: Sequence[int] | None, seed: int) -> list[int]:
 
 
 def covering_order(classes: Sequence[Collection[int]], least: int, seed: int) -> list[int]:
-    """Return 0 … n−1 in random order, but first ``least`` images of each class, the rarest first.
+    """Return 0 … n−1 in random order, but first one image of each class, then a second, up to ``least``, rare ones first.
 
     A class that has fewer comes with all of its images.
 
@@ -86,9 +86,10 @@ def covering_order(classes: Sequence[Collection[int]], least: int, seed: int) ->
         for c in classes[i]:
             of.setdefault(c, []).append(i)
     first: dict[int, None] = {}
-    for c in sorted(of, key=lambda c: (len(of[c]), c)):
-        have = sum(i in first for i in of[c])
-        first |= dict.fromkeys([i for i in of[c] if i not in first][: max(0, least - have)])
+    for turn in range(1, least + 1):
+        for c in sorted(of, key=lambda c: (len(of[c]), c)):
+            have = sum(i in first for i in of[c])
+            first |= dict.fromkeys([i for i in of[c] if i not in first][: max(0, turn - have)])
     return [*first, *(i for i in order if i not in first)]
 
 
