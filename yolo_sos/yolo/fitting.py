@@ -18,7 +18,7 @@ from yolo_sos.core import affine_matrix, write_weight
 from yolo_sos.files import finite, read_json, write_text
 from yolo_sos.yolo.class_fit import LEAST, ClassFit, default_images, fit_classes, fit_sizes
 from yolo_sos.yolo.classes import class_layers, in_order, known_classes, take_over
-from yolo_sos.yolo.images import covering_order, object_classes
+from yolo_sos.yolo.images import covering_order, object_classes, preserve_rng
 from yolo_sos.yolo.training import PREFIX, TrainerExtension
 
 
@@ -64,9 +64,12 @@ class Fitting(TrainerExtension):
     def run_callbacks(self, event: str) -> None:
         """Fit before the first epoch, ahead of the callbacks."""
         if self.sos.fit_head and event == "on_train_start" and not self.start_epoch:
+            before = [affine_matrix(layer.module) for layer in in_order(self.ema.ema)]
             self._fit_everywhere()
-            if self.args.val and self.args.save:
-                self._save_as_best()
+            after = [affine_matrix(layer.module) for layer in in_order(self.ema.ema)]
+            if not all(map(torch.equal, before, after)) and self.args.val and self.args.save:
+                with preserve_rng():
+                    self._save_as_best()
         super().run_callbacks(event)
 
     def _save_as_best(self) -> None:

@@ -71,7 +71,7 @@ def draw(count: int, labels: Sequence[int] | None, seed: int) -> list[int]:
 
 
 def covering_order(classes: Sequence[Collection[int]], least: int, seed: int) -> list[int]:
-    """Return 0 … n−1 in random order, but first one image of each class, then a second, up to ``least``, rare ones first.
+    """Return 0 … n−1 in random order, after one image of each class, a second, and so on to ``least``, rare ones first.
 
     A class that has fewer comes with all of its images.
 
