@@ -56,10 +56,11 @@ def draw(curves: dict[str, list[float]]) -> None:
                 label, color = ARMS[run.split("/")[-1].rpartition("-")[0]]
                 first = 0 if values[0] is not None else 1
                 ax.plot(range(first, len(values)), values[first:], ".-", color=color, label=label)
-        ax.set(title=TITLES[name], xlabel="epochs trained", xlim=(-0.2, None), ylim=(0, None))
+        ax.set(title=TITLES[name], xlabel="epochs trained", xlim=(-0.2, None))
         ax.title.set_fontsize(10)
         ax.grid(alpha=0.25)
     axes[0].set_ylabel("mAP50-95 on val")
+    axes[0].set_ylim(0, 1.05 * max(v for values in curves.values() for v in values if v is not None))
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     axes[-1].legend(handles.values(), handles.keys(), loc="lower right")
     fig.savefig(HERE / "curves.png", dpi=150)
