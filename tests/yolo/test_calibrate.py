@@ -180,6 +180,14 @@ def test_without_a_test_split_two_halves_judge_each_other(weights, without_test)
     assert branch.before.samples == branch.after.samples == branch.fitted_on["samples"]
 
 
+def test_halves_of_some_images_are_compared_on_those_images(weights, without_test):
+    report = calibrate_checkpoint(weights(), without_test, images=10)
+    (branch,) = report.branches
+    assert (branch.fitted_on["images"], branch.judged_on["images"]) == (10, 10)
+    assert branch.before.samples == branch.after.samples == branch.fitted_on["samples"]
+    assert "in 10 images of the val split, judged on" in report.table()
+
+
 def test_a_test_split_without_labels_does_not_judge(weights, data, tmp_path, caplog):
     """As of COCO, whose test labels are not published."""
     content = yaml.safe_load(data.read_text())
@@ -419,7 +427,7 @@ def test_the_command(weights, data, capfd, caplog):
         (["model={model}", "iou=0"], "'iou=0' is invalid: iou must be a number above 0 and up to 1, or soft."),
         (["model={model}", "iou=hard"], "'iou=hard' is invalid"),
         (["model={model}", "precision=2"], "'precision=2' is invalid"),
-        (["model={model}", "images=1"], "'images=1' is invalid: images must be an integer of at least 2"),
+        (["model={model}", "images=1"], "'images=1' is invalid: images must be an integer of at least 2, or all."),
         (["model={model}", "images=some"], "'images=some' is invalid"),
         (["model={model}", "per_class=maybe"], "'per_class=maybe' is invalid"),
         (["model={model}", "rank=3"], "'rank' is not a valid argument."),

@@ -49,7 +49,7 @@ def test_the_guard_exits_with_3(weights, seen, contents):
     [
         ([], "shift needs a checkpoint: model=path/to/best.pt"),
         (["model=none.pt"], "none.pt: there is no such checkpoint."),
-        (["model=best.onnx"], "best.onnx is not a checkpoint: SOS shifts the .pt"),
+        (["model=best.onnx"], "best.onnx is not a checkpoint, a .pt that a training wrote"),
         (["model={model}", "methd=rows"], "'methd' is not a valid argument. Did you mean 'method'?"),
         (["model={model}", "epochs=3"], "'epochs' is not a valid argument."),
         (["model={model}", "sos_start=0.5"], "'sos_start' is not a valid argument."),
@@ -59,6 +59,9 @@ def test_the_guard_exits_with_3(weights, seen, contents):
         (["model={model}", "force"], "'force' is not a switch of shift."),
         (["model={model}", "data=none.yaml"], "none.yaml"),
         (["model={model}", "imgsz=[64]"], "'imgsz=[64]' is invalid"),
+        (["model={model}", "seed=-1"], "'seed=-1' is invalid: seed must be an integer of at least 0 and below 2^32."),
+        (["model={model}", f"seed={2**32}"], "'seed=4294967296' is invalid"),
+        (["model={model}", "seed=none"], "'seed=None' is invalid"),
     ],
 )
 def test_bad_input_exits_with_2(weights, contents, capsys, args, message):

@@ -93,7 +93,7 @@ def truncated(share):
         (pickled({"weights": torch.zeros(3)}), TypeError, "best.pt"),
         (pickled({"model": {"0.weight": torch.zeros(3)}}), TypeError, "best.pt"),
         (torchscript, TypeError, "best.pt is a TorchScript archive"),
-        (renamed(".onnx"), TypeError, "best.onnx is not a checkpoint: SOS shifts the .pt"),
+        (renamed(".onnx"), TypeError, "best.onnx is not a checkpoint, a .pt that a training wrote"),
         (renamed(".torchscript"), TypeError, "best.torchscript is not a checkpoint"),
         (lambda path: path.with_name("none.pt"), FileNotFoundError, "none.pt: there is no such checkpoint"),
         (other_head, TypeError, "SemanticSegment, which has no final linear layers"),
@@ -116,6 +116,12 @@ def test_what_cannot_be_shifted_is_refused(weights, contents, make, error, messa
     with pytest.raises(error, match=message):
         Checkpoint(path)
     assert contents(path.parent) == before
+
+
+@pytest.mark.parametrize("path", [5, True, None, ["best.pt"]])
+def test_what_is_no_path_is_refused_by_its_key(path):
+    with pytest.raises(ValueError, match=r"'model=.*' is invalid: model must be the path of a checkpoint, a \.pt\."):
+        Checkpoint(path)
 
 
 def test_a_checkpoint_is_read_as_ultralytics_reads_it(weights):

@@ -112,6 +112,12 @@ def test_other_classes_are_refused(checkpoint, dataset, edits, message):
         opened(checkpoint, dataset(**edits))
 
 
+def test_numbers_of_classes_with_a_gap_are_refused(checkpoint, dataset):
+    data = dataset(names={0: "0", 1: "1", 3: "3"})
+    with pytest.raises(ValueError, match=rf"{data}: 3-class dataset requires class indices 0-2"):
+        opened(checkpoint, data)
+
+
 def test_a_model_of_one_class_takes_any_data_set(checkpoint, dataset):
     checkpoint.args["single_cls"] = True
     assert len(opened(checkpoint, dataset(names=["0", "1"])).dataset) == 24
@@ -144,8 +150,9 @@ def test_nothing_but_unreadable_images(checkpoint, dataset):
     data = dataset()
     for file in (data.parent / "images/train").glob("*.jpg"):
         garble(file)
-    with pytest.raises(ValueError, match="No valid images found"):
+    with pytest.raises(ValueError, match="No valid images found") as told:
         opened(checkpoint, data)
+    assert str(told.value).count(".jpg") == 1  # not every image with its reason
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -15,7 +15,16 @@ from ultralytics.utils.torch_utils import intersect_dicts
 from yolo_sos.core import Engine, affine_matrix, input_rows
 from yolo_sos.core.capture import InputCapture
 from yolo_sos.yolo.class_rows import BACKGROUND, Assignments, ClassRows
-from yolo_sos.yolo.classes import append_classes, class_layers, in_order, known_classes, priors, resized, take_over
+from yolo_sos.yolo.classes import (
+    append_classes,
+    class_layers,
+    in_order,
+    known_classes,
+    listed,
+    priors,
+    resized,
+    take_over,
+)
 from yolo_sos.yolo.heads import YoloTask, head_of
 
 NAMES = dict(enumerate(["cat", "Dog ", "bird"]))
@@ -44,6 +53,12 @@ def test_classes_are_known_by_name_but_not_by_number():
     assert known_classes(NAMES, {0: "dog", 1: "horse", 2: "CAT"}) == {0: 2, 1: 0}
     assert known_classes({0: "0", 1: "1"}, {0: "0", 1: "1", 2: "2"}) == {}  # placeholders, of other sets
     assert known_classes({0: "0", 1: "1"}, {0: "0", 1: "1"}) == {0: 0, 1: 1}  # the same set
+
+
+def test_many_names_are_counted():
+    assert listed(["a", "b"]) == "'a', 'b'"
+    assert listed([f"c{i}" for i in range(97)]) == "'c0', 'c1', 'c2', 'c3', 'c4', 92 more"
+    assert listed(list("abcde")) == "'a', 'b', 'c', 'd', 'e'"
 
 
 @pytest.mark.parametrize("cfg", ["yolov8n.yaml", "yolov10n.yaml", "yolo26n.yaml"])

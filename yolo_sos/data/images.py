@@ -52,6 +52,6 @@ def check_complete(given: Iterable[str | Path], read: Iterable[str | Path], sour
         except ValueError as e:
             reason = str(e)
         raise ValueError(
-            f"{source}: Ultralytics would leave {len(dropped)} of {len(files)} images out of the judgement; repair or "
+            f"{source}: Ultralytics would leave {len(dropped)} of {len(files)} images out without an error; repair or "
             f"remove them, such as {reason}"
         )

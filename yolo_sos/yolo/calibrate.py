@@ -19,7 +19,7 @@ from yolo_sos.files import atomic_path, write_text
 from yolo_sos.yolo.calibrate_report import BranchReport, CalibrationReport
 from yolo_sos.yolo.classes import class_layers
 from yolo_sos.yolo.evidence import evidence
-from yolo_sos.yolo.job import CheckpointJob, check_integer
+from yolo_sos.yolo.job import CheckpointJob
 from yolo_sos.yolo.recording import Pass, branch_arguments, read_truth, record
 from yolo_sos.yolo.training import PREFIX
 
@@ -58,7 +58,8 @@ class CheckpointCalibration(CheckpointJob):
             raise invalid("iou", iou, "a number above 0 and up to 1, or soft")
         self.iou = iou
         self.precision = number("a number above 0 and up to 1", lambda x: 0 < x <= 1)("precision", precision)
-        check_integer("images", None if images == "all" else images, 2)
+        if images != "all":
+            number("an integer of at least 2, or all", lambda x: x >= 2, integer=True)("images", images)
         self.count = images if isinstance(images, int) else None
         super().__init__(
             model,
@@ -146,11 +147,12 @@ class CheckpointCalibration(CheckpointJob):
         fitted_on = evidence(seen, 0, truth, task, self.iou)
         mapping = fitted_on.fit(self.per_class)
         weights = {layer.name: self._folded(layer, mapping.scale, mapping.shift) for layer in layers}
-        judged = record(run[0], {**args, "split": self.judge}, self.model, [weights])
+        crossed = self.judge == self.split
+        images = self.count if crossed else None  # each half of those fitted on judges the map of the other
+        judged = record(run[0], {**args, "split": self.judge}, self.model, [weights], images, self.seed)
         truth = self.truths[self.judge]
         before = evidence(judged, 0, truth, task, self.iou)
         after = evidence(judged, 1, truth, task, self.iou)
-        crossed = self.judge == self.split
         if crossed:
             errors = fitted_on.cross_fitted(self.per_class, self.seed)
         else:

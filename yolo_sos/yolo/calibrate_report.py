@@ -146,17 +146,21 @@ class CalibrationReport:
 
     def _branch(self, b: BranchReport) -> str:
         title = f"{self.model}{f', {b.name}' if b.name else ''}"
-        what = f"detections with a score of at least {LEAST_SCORE:g}" if b.detections else "images"
         fitted, judged = b.fitted_on, b.judged_on
+        samples, others = f"{fitted['images']} images", f"{judged['images']} images"
+        if b.detections:
+            samples = f"{fitted['samples']} detections with a score of at least {LEAST_SCORE:g} in {samples}"
+            others = f"{b.before.samples} in {others}"
         lines = [
-            f"{title}: fitted on {fitted['samples']} {what} in {fitted['images']} images of the {fitted['split']} "
-            f"split, judged on {b.before.samples} in {judged['images']} images of the {judged['split']} split.",
+            f"{title}: fitted on {samples} of the {fitted['split']} split, judged on {others} of the "
+            f"{judged['split']} split."
         ]
         if judged["crossed"]:
+            rest = "thresholds and mAP are" if b.detections else "the accuracy is"
             lines.append(
                 "There is no test split. The errors after it are of two maps, each fitted on half of the images and "
-                "judged on the other; thresholds and mAP are of the written map on images that it was fitted on, and "
-                "flatter it."
+                f"judged on the other; {rest} of the written map on images that it was fitted on, and "
+                f"{'flatter' if b.detections else 'flatters'} it."
             )
         errors = {k: (v, b.after.errors()[k]) for k, v in b.before.errors().items() if not math.isnan(v)}
         rows = [[k, f"{v:.4f}", f"{w:.4f}"] for k, (v, w) in {**errors, **b.accuracies()}.items()]

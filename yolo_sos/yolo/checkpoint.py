@@ -18,11 +18,12 @@ from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 from yolo_sos import __version__
 from yolo_sos.config import CHECKPOINT_KEY, SOSConfig
 from yolo_sos.core import FinalLayer, write_weight
+from yolo_sos.core.checks import invalid
 from yolo_sos.yolo.heads import final_layers
 
 
 class Checkpoint:
-    """A trained checkpoint that can be shifted; what cannot be is refused with the reason.
+    """A trained checkpoint whose final layers can be rewritten; what is none is refused with the reason.
 
     Args:
         path (str | Path): A ``.pt`` of Ultralytics, finished or to be resumed, of half or full precision.
@@ -38,15 +39,17 @@ class Checkpoint:
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If it is no checkpoint of Ultralytics, or its head has no final linear layer.
-        ValueError: If the model is fused or its weights are not numbers.
+        ValueError: If the path is none, the model is fused or its weights are not numbers.
     """
 
     def __init__(self, path: str | Path):
         """Read and check the file."""
+        if not isinstance(path, (str, Path)):
+            raise invalid("model", path, "the path of a checkpoint, a .pt")
         if Path(path).suffix.lower() != ".pt":
             raise TypeError(
-                f"{path} is not a checkpoint: SOS shifts the .pt that a training wrote. Exports (ONNX, TorchScript, …) "
-                "cannot be shifted; shift their .pt and export again."
+                f"{path} is not a checkpoint, a .pt that a training wrote. Exports (ONNX, TorchScript, …) stay as they "
+                "are: take the .pt that they were made from, and export again."
             )
         if "://" not in str(path) and not Path(path).is_file() and Path(path).name not in GITHUB_ASSETS_NAMES:
             raise FileNotFoundError(f"{path}: there is no such checkpoint.")  # Ultralytics would try to download it
@@ -70,12 +73,12 @@ class Checkpoint:
         if model.is_fused():  # type: ignore[operator]
             raise ValueError(
                 f"{path} holds a fused model: its BatchNorm layers are folded into the convolutions, so it can neither "
-                "be trained further nor keep the statistics that its features rest on. Shift the checkpoint that the "
+                "be trained further nor keep the statistics that its features rest on. Take the checkpoint that the "
                 "training wrote."
             )
         for name, tensor in model.state_dict().items():
             if not tensor.isfinite().all():
-                raise ValueError(f"{path}: {name} holds values that are not finite (NaN or Inf): it cannot be shifted.")
+                raise ValueError(f"{path}: {name} holds values that are not finite (NaN or Inf).")
         return layers
 
     def save(self, path: Path, weights: dict[str, Tensor], note: dict[str, Any], key: str = "shifts") -> None:

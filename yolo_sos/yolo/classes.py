@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -45,6 +46,12 @@ def known_classes(names: dict[int, str], source: dict[int, str]) -> dict[int, in
     place = {str(v).strip().lower(): k for k, v in source.items()}
     found = {k: place.get(str(v).strip().lower()) for k, v in names.items()}
     return {k: v for k, v in found.items() if v is not None}
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return names of classes for a message: the first few in quotes, and how many others there are."""
+    more = [f"{len(names) - most} more"] * (len(names) > most)
+    return ", ".join([*map(repr, names[:most]), *more])
 
 
 def resized(source: nn.Module, names: dict[int, str], seed: int) -> nn.Module:

@@ -25,11 +25,11 @@ from yolo_sos.files import atomic_path, write_text
 from yolo_sos.yolo.checkpoint import Checkpoint
 from yolo_sos.yolo.class_fit import LEAST, ClassFit, default_images, fit_classes, fit_sizes
 from yolo_sos.yolo.class_rows import ClassRows
-from yolo_sos.yolo.classes import append_classes, known_classes, resized
+from yolo_sos.yolo.classes import append_classes, known_classes, listed, resized
 from yolo_sos.yolo.fit_report import CheckpointFitReport, class_records
 from yolo_sos.yolo.heads import YoloTask, head_of
 from yolo_sos.yolo.images import CheckpointData, ImageSample, covering_order, object_classes
-from yolo_sos.yolo.job import CheckpointJob, check_integer
+from yolo_sos.yolo.job import CheckpointJob
 from yolo_sos.yolo.score import class_scores
 from yolo_sos.yolo.training import PREFIX
 
@@ -82,7 +82,7 @@ class CheckpointFit(CheckpointJob):
     ):
         """Check the options, then everything else as ``CheckpointJob``, then the classes."""
         if images != "all":
-            check_integer("images", images, 3)
+            optional(number("an integer of at least 3, or all", lambda x: x >= 3, integer=True))("images", images)
         self.ridge = optional(number("a number above 0, or none", lambda x: x > 0))("ridge", ridge)
         self.add, self.old = boolean("add", add), old
         if old is not None and not self.add:
@@ -108,8 +108,8 @@ class CheckpointFit(CheckpointJob):
         seen = {c for of in self.data.shown for c in of}
         if missing := [name for k, name in names.items() if k not in seen]:
             raise ValueError(
-                f"{self.data.args['data']}: no training image shows {', '.join(map(repr, missing))}. Label some, or "
-                "leave such classes out of 'names'."
+                f"{self.data.args['data']}: no training image shows {listed(missing)}. Label some, or leave such "
+                "classes out of 'names'."
             )
         if not self.add:
             return
@@ -119,8 +119,9 @@ class CheckpointFit(CheckpointJob):
                 "probability from its old ones. Fit it to all classes."
             )
         if known := known_classes(names, checkpoint.model.names):  # type: ignore[arg-type]
-            both = ", ".join(repr(names[k]) for k in known)
-            raise ValueError(f"add=true: the model has {both} already. Leave out add, or these classes.")
+            raise ValueError(
+                f"add=true: the model has {listed([names[k] for k in known])} already. Leave out add, or these classes."
+            )
 
     def run(self) -> CheckpointFitReport:
         """Fit, and write the result unless there is nothing to gain.
@@ -149,17 +150,19 @@ class CheckpointFit(CheckpointJob):
         if missing := [names[k] for k, targets in enumerate(fit.shown) if targets < 1]:
             raise ValueError(
                 f"Hardly any anchor point of the {report.images['fit'] + report.images['selection']} images fitted on "
-                f"is assigned to {', '.join(map(repr, missing))}: the boxes that the model predicts do not meet its "
-                "objects. Take more images (images=all), or larger ones (imgsz)."
+                f"is assigned to {listed(missing)}: the boxes that the model predicts do not meet its objects. Take "
+                "more images (images=all), or larger ones (imgsz)."
             )
         output, json, picture = self.outputs
         with atomic_path(output) as temporary:
             report = self._written(temporary, fit, report)
             report = replace(report, output=str(output))
+            picture.unlink(missing_ok=True)  # of an earlier fit
             if report.metrics_after:
                 report.plot(picture)
             write_text(json, report.to_json())
-        LOGGER.info(f"\n{report.table()}\n\n{PREFIX}wrote {output}, {json.name} and, with val, {picture.name}")
+        wrote = [str(output), *(path.name for path in (json, picture) if path.exists())]
+        LOGGER.info(f"\n{report.table()}\n\n{PREFIX}wrote {', '.join(wrote)}")
         return report
 
     def _written(self, path: Path, fit: ClassFit, report: CheckpointFitReport) -> CheckpointFitReport:

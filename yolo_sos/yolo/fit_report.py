@@ -95,13 +95,14 @@ class CheckpointFitReport(FitReport):
         lines += [*aligned(rows, left=1), ""]
         images = self.images["fit"] + self.images["selection"]
         seconds = sum(self.milliseconds.values()) / 1e3
+        new = " of the new classes by themselves" if self.settings["add"] else ""
         change = self.heldout_after / self.heldout_before - 1
         lines.append(
-            f"held-out loss {self.heldout_before:.5g} → {self.heldout_after:.5g} ({change:+.1%}), of the written file, "
-            f"on {self.images['heldout']} images; fitted on {images} others, {seconds:.1f} s"
+            f"held-out loss{new} {self.heldout_before:.5g} → {self.heldout_after:.5g} ({change:+.1%}), as written, on "
+            f"{self.images['heldout']} images; fitted on {images} others, {seconds:.1f} s"
         )
         for what, before, after in (
-            ("val split", self.metrics_before, self.metrics_after),
+            (f"val split{new}", self.metrics_before, self.metrics_after),
             ("old classes", self.old_before, self.old_after),
         ):
             if after:

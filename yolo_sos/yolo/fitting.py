@@ -17,7 +17,7 @@ from yolo_sos.config import CHECKPOINT_KEY
 from yolo_sos.core import affine_matrix, write_weight
 from yolo_sos.files import finite, read_json, write_text
 from yolo_sos.yolo.class_fit import LEAST, ClassFit, default_images, fit_classes, fit_sizes
-from yolo_sos.yolo.classes import class_layers, in_order, known_classes, take_over
+from yolo_sos.yolo.classes import class_layers, in_order, known_classes, listed, take_over
 from yolo_sos.yolo.images import covering_order, object_classes, preserve_rng
 from yolo_sos.yolo.training import PREFIX, TrainerExtension
 
@@ -87,7 +87,8 @@ class Fitting(TrainerExtension):
             self.save_model()
             self.last.unlink()  # an epoch of -1 is that of a training which has ended
             LOGGER.info(
-                f"{PREFIX}the fitted model has a fitness of {self.fitness:.4g}, and is best.pt until it is beaten"
+                f"{PREFIX}before the first epoch the model has a fitness of {self.fitness:.4g}, and is best.pt until "
+                "that is beaten"
             )
 
     def _fit_everywhere(self) -> None:
@@ -114,12 +115,11 @@ class Fitting(TrainerExtension):
         names = self.data["names"]
         self._fitted = {"refusal": report.refusal, "ridges": [layer.ridge for layer in report.layers]}
         told = {"explained": report.explained, **asdict(report)}
-        shown = {names[k]: targets for k, targets in enumerate(fit.shown)}
+        shown = [{"name": names[k], "targets": targets} for k, targets in enumerate(fit.shown)]
         write_text(self.save_dir / "fit.json", json.dumps(finite({**told, "shown": shown}), indent=2) + "\n")
         (LOGGER.warning if report.refusal else LOGGER.info)(f"{PREFIX}fit_head: {report}")
-        unseen = [name for name, targets in shown.items() if targets < 1]
-        if unseen and not report.refusal:
-            LOGGER.warning(f"{PREFIX}fit_head: hardly an anchor point shows {', '.join(unseen)}, which is not fitted.")
+        if not report.refusal and (unseen := [names[k] for k, targets in enumerate(fit.shown) if targets < 1]):
+            LOGGER.warning(f"{PREFIX}fit_head: the images fitted on hold next to nothing of {listed(unseen)}.")
 
     def _fit(self) -> ClassFit:
         view, _ = self.plain_images()

@@ -197,7 +197,7 @@ class ImageSample:
                 item = self._read(index)
                 (errors if isinstance(item, Exception) else readable).append(item)  # type: ignore[arg-type]
         if errors and not readable and not read:
-            raise OSError(f"None of the images for a shift can be read; the last error: {errors[-1]}") from errors[-1]
+            raise OSError(f"None of the images can be read; the last error: {errors[-1]}") from errors[-1]
         return readable
 
 
@@ -291,7 +291,10 @@ class CheckpointData:
                 raise FileNotFoundError(f"{name}: there is no such folder of images.")
             self.content = check_cls_dataset(name)
         else:
-            self.content = check_det_dataset(name)
+            try:
+                self.content = check_det_dataset(name)
+            except KeyError as e:  # how Ultralytics says that the numbers of the classes have gaps
+                raise ValueError(f"{name}: {e.args[0]}") from e
         self.check_classes(checkpoint)
         return self.content
 
@@ -302,8 +305,8 @@ class CheckpointData:
             raise FileNotFoundError(f"{self.args['data']} has no '{split}' split.")
         try:
             dataset = self._validator.build_dataset(path)
-        except RuntimeError as e:  # how Ultralytics says that no image is left
-            raise ValueError(str(e)) from e
+        except RuntimeError as e:  # how Ultralytics says that no image is left, and why for each of them
+            raise ValueError(" ".join(str(e).splitlines()[:2])) from e
         if hasattr(dataset, "samples"):  # a classification data set
             listed, kept = [s[0] for s in dataset.base.samples], [s[0] for s in dataset.samples]
         else:

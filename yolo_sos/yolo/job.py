@@ -117,9 +117,11 @@ class CheckpointJob:
         exist_ok: bool = False,
     ):
         """Check the options, the checkpoint, its folder and the data, in this order."""
-        for name, count, least in (("imgsz", imgsz, 32), ("batch", batch, 1), ("seed", seed, 0)):
+        for name, count, least in (("imgsz", imgsz, 32), ("batch", batch, 1)):
             check_integer(name, count, least)
-        self.seed = seed
+        # As many as NumPy takes, which Ultralytics' trainers seed with theirs
+        seeds = number("an integer of at least 0 and below 2^32", lambda x: 0 <= x < 2**32, integer=True)
+        self.seed = seeds("seed", seed)
         self.splits = ("val",) if boolean("val", val) else ()
         self.checkpoint = Checkpoint(model)
         self.outputs = [self.checkpoint.path.with_name(name.format(self.checkpoint.path.stem)) for name in self.names]

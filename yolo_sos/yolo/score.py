@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from ultralytics.utils import LOGGER
 
 from yolo_sos.core import InputCapture, layer_outputs
 from yolo_sos.yolo.heads import YoloTask
@@ -140,7 +141,7 @@ def class_scores(
         model (nn.Module): The model, which stays as it is.
 
     Returns:
-        metrics (dict[str, float]): Ultralytics' metrics.
+        metrics (dict[str, float]): Ultralytics' metrics; empty if the split shows no object, where they would all be 0.
         scores (dict[int, float]): AP50-95 of each class that the split shows, of masks or keypoints where the model has
             them; of a classifier the share of its images that it gets right.
     """
@@ -151,7 +152,10 @@ def class_scores(
         right, targets = (torch.cat(run.pred)[:, 0] == torch.cat(run.targets)), torch.cat(run.targets)
         return metrics, {int(c): float(right[targets == c].float().mean()) for c in targets.unique()}
     found = next(of for name in ("pose", "seg", "box") if (of := getattr(run.metrics, name, None)) is not None)
-    return metrics, {int(c): float(found.maps[c]) for c in found.ap_class_index}
+    scores = {int(c): float(found.maps[c]) for c in found.ap_class_index}
+    if not scores:
+        LOGGER.warning(f"{args['data']}: no image of the {args['split']} split has an object, so it is not scored.")
+    return metrics if scores else {}, scores
 
 
 def headline(metrics: dict[str, float]) -> str:
