@@ -47,6 +47,15 @@ def test_a_classifier():
     assert done["after"] == pytest.approx(done["before"], abs=0.02) and done["squared_norm_ratio"] < 0.99
 
 
+def test_a_fit_of_a_classifier(capsys):
+    pytest.importorskip("sklearn", reason="needs scikit-learn's digits: the extra 'digits'")
+    done = example("fit_classifier").main()
+    (old, new), (old_after, new_after) = done["before"], done["after"]
+    assert old > 0.95 and new < 0.1  # 8 and 9 have zero rows and no bias: they are chosen where all others are below
+    assert new_after > 0.9 and old_after > 0.95
+    assert "1 layers fitted; held-out loss" in capsys.readouterr().out
+
+
 def test_lightning():
     pytest.importorskip("sklearn", reason="needs scikit-learn's digits: the extra 'digits'")
     pytest.importorskip("lightning", reason="needs the extra 'lightning'")

@@ -27,7 +27,7 @@ from yolo_sos.evaluate.boxes import Detections
 from yolo_sos.evaluate.calibration import LEAST_SCORE, reliability
 from yolo_sos.yolo import Checkpoint, CheckpointCalibration, calibrate_checkpoint, recording, score
 from yolo_sos.yolo.calibrate_report import BranchReport
-from yolo_sos.yolo.classes import class_layers
+from yolo_sos.yolo.classes import class_layers, in_order
 from yolo_sos.yolo.evidence import DetectorEvidence, logit
 from yolo_sos.yolo.recording import branch_arguments, matches_of, read_truth, record
 
@@ -331,9 +331,49 @@ def test_a_shift_and_a_calibration_together(weights, data, monkeypatch):
     assert torch.load(path.with_name("best-sos-calibrated.pt"), weights_only=False)["sos"]["calibrations"]
 
 
-def test_a_shift_without_val_cannot_be_calibrated(weights, data, capsys):
-    assert run("shift", f"model={weights()}", f"data={data}", "calibrate", "val=false") == 2
+@pytest.fixture(scope="module")
+def renamed(data, tmp_path_factory) -> Path:
+    """The same data under names that the checkpoint does not know; VOC's annotations have the old ones."""
+    content = {k: v for k, v in yaml.safe_load(data.read_text()).items() if k != "voc"}
+    path = tmp_path_factory.mktemp("data") / "renamed.yaml"
+    path.write_text(yaml.safe_dump({**content, "names": {k: f"digit {k}" for k in range(10)}}))
+    return path
+
+
+def test_a_fit_and_a_calibration_together(weights, renamed):
+    path = weights()  # a strong ridge leaves scores that are too low, so that there is something to calibrate
+    assert run("fit", f"model={path}", f"data={renamed}", "ridge=30", "calibrate") == 0
+    names = {"best.pt", "best-fit.pt", "best-fit.json", "best-fit.png"}
+    names |= {"best-fit-calibrated.pt", "best-fit-calibrated.json", "best-fit-reliability.png"}
+    assert {p.name for p in path.parent.iterdir()} == names
+    together = json.loads(path.with_name("best-fit-calibrated.json").read_text())
+    alone = calibrate_checkpoint(path.with_name("best-fit.pt"), exist_ok=True).to_dict()
+    found, expected = (of["branches"][0]["mapping"] for of in (together, alone))
+    assert all(found[k] == pytest.approx(expected[k], rel=1e-4) for k in ("scale", "shift"))
+    assert together["classes"] == [f"digit {k}" for k in range(10)]
+    before, after = (together["branches"][0][key]["NLL"] for key in ("before", "after"))
+    assert after < before
+    fitted, calibrated = (Checkpoint(path.with_name(f"best-fit{end}.pt")).model for end in ("", "-calibrated"))
+    for old, new in zip(*map(in_order, (fitted, calibrated)), strict=True):
+        assert torch.allclose(new.module.weight, old.module.weight * found["scale"][0], rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["shift", "fit"])
+def test_what_was_not_validated_cannot_be_calibrated(weights, renamed, data, mode, capsys):
+    path = weights()
+    assert run(mode, f"model={path}", f"data={data if mode == 'shift' else renamed}", "calibrate", "val=false") == 2
     assert "leave val on" in capsys.readouterr().err
+    assert [p.name for p in path.parent.iterdir()] == ["best.pt"]
+
+
+def test_a_fit_is_not_calibrated_where_a_result_exists_or_old_classes_have_no_labels(weights, renamed, capsys):
+    path = weights()
+    path.with_name("best-fit-reliability.png").touch()
+    assert run("fit", f"model={path}", f"data={renamed}", "calibrate") == 2
+    assert "best-fit-reliability.png exists already" in capsys.readouterr().err
+    assert run("fit", f"model={path}", f"data={renamed}", "calibrate", "add", "exist_ok") == 2
+    assert "'calibrate=true' does not work together with add=true" in capsys.readouterr().err
+    assert {p.name for p in path.parent.iterdir()} == {"best.pt", "best-fit-reliability.png"}
 
 
 def test_other_classes_are_refused(weights, data, tmp_path):

@@ -16,6 +16,7 @@ OWN = (
     Argument("add", False, "bool", "append the classes to the model's, whose scores stay as they are"),
     Argument("old", None, "str", "with add: data set to score the model's own classes on"),
     Argument("val", True, "bool", "score the val split"),
+    Argument("calibrate", False, "bool", "make the scores of the fitted checkpoint probabilities, in a second file"),
     Argument("imgsz", None, "int", "image size in pixels; that of the training if not given"),
     Argument("batch", None, "int", "images at a time; that of the training if not given"),
     Argument("device", None, "int | str", "such as cpu or 0; what Ultralytics picks if not given"),
@@ -25,7 +26,7 @@ OWN = (
 
 
 def run(arguments: dict[str, Any]) -> int:
-    """Fit; the exit status is 3 if there is nothing to gain, so that nothing was written."""
+    """Fit; the exit status is 3 if there is nothing to gain, so that nothing was written, or no calibration was."""
     with refusing():
         from yolo_sos.yolo import CheckpointFit
 
@@ -33,7 +34,8 @@ def run(arguments: dict[str, Any]) -> int:
             raise ValueError("fit needs a checkpoint: model=yolov8n.pt")
         job = CheckpointFit(**arguments)
     with refusing(ValueError, OSError):  # an image that cannot be read after all, a disk that is full
-        return 3 if job.run().output is None else 0
+        report = job.run()
+    return 3 if None in (report.output, getattr(job.calibration, "output", "")) else 0
 
 
 MODE = Mode(
@@ -47,5 +49,6 @@ MODE = Mode(
     run,
     result="Writes yolov8n-fit.pt, yolov8n-fit.json and, with val, yolov8n-fit.png beside the checkpoint. 'yolo train "
     "model=yolov8n-fit.pt' goes on from it. The exit status is 3, and nothing is written, where the features say "
-    "nothing of the classes or the held-out loss does not fall.",
+    "nothing of the classes or the held-out loss does not fall. calibrate also writes yolov8n-fit-calibrated.pt, as "
+    "yolo-sos calibrate does.",
 )

@@ -19,7 +19,7 @@ from yolo_sos.files import atomic_path, write_text
 from yolo_sos.yolo.calibrate_report import BranchReport, CalibrationReport
 from yolo_sos.yolo.classes import class_layers
 from yolo_sos.yolo.evidence import evidence
-from yolo_sos.yolo.job import CheckpointJob
+from yolo_sos.yolo.job import CheckpointJob, check_free
 from yolo_sos.yolo.recording import Pass, branch_arguments, read_truth, record
 from yolo_sos.yolo.training import PREFIX
 
@@ -78,22 +78,29 @@ class CheckpointCalibration(CheckpointJob):
         self.judge = self._judge()
 
     @classmethod
-    def outputs_of(cls, path: Path) -> list[Path]:
-        """Return the files that a calibration of a checkpoint writes."""
-        return [path.with_name(name.format(path.stem)) for name in cls.names]
+    def check_after(cls, job: CheckpointJob, exist_ok: bool) -> None:
+        """Raise unless ``after`` can calibrate the checkpoint that another job is to write, the first of its outputs.
+
+        Raises:
+            ValueError: If the job leaves out the val split.
+            FileExistsError: If a result of the calibration exists already and may not be replaced.
+        """
+        if not job.splits:
+            raise ValueError("calibrate=true is fitted on what val=true finds in the val split: leave val on.")
+        path = job.outputs[0]
+        check_free([path.with_name(name.format(path.stem)) for name in cls.names], exist_ok)
 
     @classmethod
-    def after(cls, job: CheckpointJob, path: Path, seen: Pass) -> CalibrationReport:
-        """Calibrate a checkpoint that another job has written, with that job's data, and with the defaults.
+    def after(cls, job: CheckpointJob, seen: Pass | None = None) -> CalibrationReport:
+        """Calibrate the checkpoint that another job has written, with that job's data, and with the defaults.
 
         Args:
-            job (CheckpointJob): The job; it has made sure that ``outputs_of(path)`` may be written.
-            path (Path): The checkpoint.
-            seen (Pass): What the checkpoint finds in the images of the val split: they are not run again.
+            job (CheckpointJob): The job, which has called ``check_after`` before its work.
+            seen (Pass, optional): What the checkpoint finds in the images of the val split. None: they are run again.
         """
         args = job.data.args
         options = {k: args[k] for k in ("imgsz", "batch", "device")}
-        return cls(path, args["data"], **options, seed=job.seed, exist_ok=True).run(seen)
+        return cls(job.outputs[0], args["data"], **options, seed=job.seed, exist_ok=True).run(seen)
 
     def run(self, seen: Pass | None = None) -> CalibrationReport:
         """Calibrate, and write the result unless the guard forbids it.

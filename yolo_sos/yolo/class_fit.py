@@ -129,7 +129,8 @@ def fit_classes(
             of = [Rows(part.inputs, part.targets[:, classes], part.weights) for part in parts]
             weight[classes], told = fit_layer(layer, *of, starts[layer.name][classes], rows.loss, ridge, refit=True)
             layers.append(told)
-        weights[layer.name] = weight.to(layer.module.weight.dtype)  # type: ignore[arg-type]
+        # As checkpoints hold it: separable rows, as random towers give them, ask for more than half precision can hold.
+        weights[layer.name] = weight.half().to(layer.module.weight.dtype)  # type: ignore[arg-type]
     engine.watch.lap("solve")
     heldout = engine.hold_out(images.batches("heldout"))
     before, after = heldout.before, heldout.loss(weights)

@@ -22,6 +22,8 @@ from yolo_sos.config import CHECKPOINT_KEY, SOSConfig
 from yolo_sos.core import Engine, write_weight
 from yolo_sos.core.checks import boolean, number, optional
 from yolo_sos.files import atomic_path, write_text
+from yolo_sos.yolo.calibrate import CheckpointCalibration
+from yolo_sos.yolo.calibrate_report import CalibrationReport
 from yolo_sos.yolo.checkpoint import Checkpoint
 from yolo_sos.yolo.class_fit import LEAST, ClassFit, default_images, fit_classes, fit_sizes
 from yolo_sos.yolo.class_rows import ClassRows
@@ -68,6 +70,7 @@ class CheckpointFit(CheckpointJob):
     names = ("{}-fit.pt", "{}-fit.json", "{}-fit.png")
     opens = FitData
     data: FitData
+    calibration: CalibrationReport | None = None  # of the fitted checkpoint, after ``run``
 
     def __init__(
         self,
@@ -78,6 +81,7 @@ class CheckpointFit(CheckpointJob):
         ridge: float | None = None,
         add: bool = False,
         old: str | Path | None = None,
+        calibrate: bool = False,
         **options: Any,
     ):
         """Check the options, then everything else as ``CheckpointJob``, then the classes."""
@@ -87,11 +91,20 @@ class CheckpointFit(CheckpointJob):
         self.add, self.old = boolean("add", add), old
         if old is not None and not self.add:
             raise ValueError(f"'old={old}' needs add=true: without it the model's own classes do not stay.")
+        self.calibrate = boolean("calibrate", calibrate)
+        if self.calibrate and self.add:
+            raise ValueError(
+                f"'calibrate=true' does not work together with add=true: {data or 'the data set'} does not label the "
+                "model's own classes, so that their detections there would count as misses. Calibrate "
+                "the fitted checkpoint on images with labels of all classes: yolo-sos calibrate data=…"
+            )
 
         def sizes(available: int) -> dict[str, int]:
             return fit_sizes(available, None if images == "all" else images or default_images(len(self.data.names)))  # type: ignore[arg-type]
 
         super().__init__(model, data, kinds=("cls", "linear"), sizes=sizes, **options)
+        if self.calibrate:
+            CheckpointCalibration.check_after(self, options.get("exist_ok", False))
         self._check_classes()
         if old is not None:
             self.old_data = CheckpointData(
@@ -163,6 +176,8 @@ class CheckpointFit(CheckpointJob):
             write_text(json, report.to_json())
         wrote = [str(output), *(path.name for path in (json, picture) if path.exists())]
         LOGGER.info(f"\n{report.table()}\n\n{PREFIX}wrote {', '.join(wrote)}")
+        if self.calibrate:
+            self.calibration = CheckpointCalibration.after(self)
         return report
 
     def _written(self, path: Path, fit: ClassFit, report: CheckpointFitReport) -> CheckpointFitReport:
@@ -252,8 +267,9 @@ def fit_checkpoint(model: str | Path, data: str | Path | None = None, **options:
             the model knows by name, found for each layer by default; ``add`` (bool): append the classes to the model's,
             whose rows stay as they are; ``old`` (str): with ``add``, a data set of the model's classes to score them
             on; ``imgsz``, ``batch`` (int): those of the training by default; ``device`` (str); ``seed`` (int): 0 by
-            default; ``val`` (bool): whether to score the val split, on by default; ``exist_ok`` (bool): whether to
-            replace existing files.
+            default; ``val`` (bool): whether to score the val split, on by default; ``calibrate`` (bool): whether to
+            calibrate the fitted checkpoint, too, into ``{stem}-fit-calibrated.pt``, off by default; not with ``add``;
+            ``exist_ok`` (bool): whether to replace existing files.
 
     Returns:
         (CheckpointFitReport): What happened. Its ``output`` is None if nothing was written, and ``refusal`` says why.

@@ -30,7 +30,7 @@ from yolo_sos.files import atomic_path, write_text
 from yolo_sos.yolo.calibrate import CheckpointCalibration
 from yolo_sos.yolo.calibrate_report import CalibrationReport
 from yolo_sos.yolo.heads import YoloTask
-from yolo_sos.yolo.job import ShiftJob, check_free, deviations, heldout_moments
+from yolo_sos.yolo.job import ShiftJob, deviations, heldout_moments
 from yolo_sos.yolo.recording import Pass
 from yolo_sos.yolo.shift_report import CheckpointLayer, CheckpointReport
 from yolo_sos.yolo.training import PREFIX
@@ -48,9 +48,7 @@ class CheckpointShift(ShiftJob):
         self.calibrate = boolean("calibrate", calibrate)
         super().__init__(model, data, **options)
         if self.calibrate:
-            if not self.splits:
-                raise ValueError("calibrate=true is fitted on what val=true finds in the val split: leave val on.")
-            check_free(CheckpointCalibration.outputs_of(self.outputs[0]), options.get("exist_ok", False))
+            CheckpointCalibration.check_after(self, options.get("exist_ok", False))
 
     def run(self) -> CheckpointReport:
         """Shift, and write the result unless the guard forbids it.
@@ -112,7 +110,7 @@ class CheckpointShift(ShiftJob):
             write_text(json, report.to_json())
         LOGGER.info(f"\n{report.table()}\n\n{PREFIX}wrote {output} and {json}")
         if seen:
-            self.calibration = CheckpointCalibration.after(self, output, seen.of(1))
+            self.calibration = CheckpointCalibration.after(self, seen.of(1))
         return report
 
     def _best_draw(
