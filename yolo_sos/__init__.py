@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""Stochastic optimum shifting (SOS) for Ultralytics YOLO and any PyTorch model.
+"""Fit, calibrate and shift the final layers of Ultralytics YOLO and any PyTorch model.
 
 Importing this package loads neither torch nor ultralytics: public names are imported when they are first asked for.
 """

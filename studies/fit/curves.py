@@ -41,7 +41,7 @@ def gather(project: Path) -> dict[str, list[float]]:
     for path in sorted(project.glob("fit/*/*/results.csv")):
         values = [float(row[METRIC]) for row in read_rows(path)]
         fit = path.with_name("fit.json")
-        start = [read_json(fit)["metrics"][METRIC]] if fit.exists() else [None]
+        start = [(read_json(fit).get("metrics") or {}).get(METRIC) if fit.exists() else None]
         curves[path.parent.relative_to(project).as_posix()] = start + values
     return curves
 

@@ -18,7 +18,7 @@ __all__ = ["main"]
 OURS = [module.MODE for module in (convert, fit, train, shift, calibrate, evaluate, analyze, experiment, table)]
 MODES = {mode.name: mode for mode in (*OURS, *stock.MODES)}
 HELP = f"""\
-yolo-sos: Ultralytics YOLO with stochastic optimum shifting (SOS)
+yolo-sos: fit, calibrate and shift the final layers of Ultralytics YOLO models
 
     yolo-sos [TASK] MODE key=value ...
 
@@ -30,7 +30,7 @@ yolo-sos: Ultralytics YOLO with stochastic optimum shifting (SOS)
 
     yolo-sos convert voc=VOCdevkit/VOC2007 out=datasets/voc test=test
     yolo-sos train data=digits.yaml model=yolov5n.yaml imgsz=160 sos=true
-    yolo-sos shift model=runs/detect/train/weights/best.pt
+    yolo-sos fit model=yolov8n.pt data=mydata.yaml
 
 yolo-sos MODE --help explains a mode and lists its arguments."""
 
