@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@
 
-# A YOLOv5n on real handwritten digits, a shift, every method over its range: runs/demo/demo.html.
+# A YOLOv5n on five handwritten digits, a fit to the others, a calibration, shifts: runs/demo/demo.html.
 demo: install
 	$(BIN)/python tools/demo.py
 
