@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from ultralytics.utils import YAML
 
 from yolo_sos.experiment.record import read_rows
 from yolo_sos.files import read_json, write_text
@@ -36,10 +37,12 @@ ARMS = {
 
 
 def gather(project: Path) -> dict[str, list[float]]:
-    """Return run → mAP50-95 by epoch; that of a fitted run begins with the fit, before the first epoch."""
+    """Return run → mAP50-95 by epoch of those that are finished; that of a fitted run begins with the fit."""
     curves = {}
     for path in sorted(project.glob("fit/*/*/results.csv")):
         values = [float(row[METRIC]) for row in read_rows(path)]
+        if len(values) < YAML.load(path.with_name("args.yaml"))["epochs"]:
+            continue  # it is not finished
         fit = path.with_name("fit.json")
         start = [(read_json(fit).get("metrics") or {}).get(METRIC) if fit.exists() else None]
         curves[path.parent.relative_to(project).as_posix()] = start + values
