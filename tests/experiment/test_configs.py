@@ -56,7 +56,7 @@ def test_an_experiment_resolves(name):
         data, model = str(resolve_data(config["data"])), str(resolve_model(config["model"]))
         assert Path(data).is_file() or (data in {"cifar10", "cifar100"} and config["task"] == "classify")
         assert model.endswith(".pt") or yaml_model_load(model)
-        assert config["optimizer"] != "auto"
+        assert config["optimizer"] != "auto" or name.startswith("fit")  # which asks what Ultralytics' own settings do
         if model.endswith(".pt"):  # one that Ultralytics downloads; it adds the u of YOLOv5u itself
             assert {model, model.replace(".pt", "u.pt")} & GITHUB_ASSETS_NAMES
 

@@ -137,7 +137,7 @@ def test_unknown_words(refused):
     assert "'foo' is not a mode, a task or a switch" in refused("foo")
     assert "'foo' is not a switch of train" in refused("train", "foo")
     assert "Did you mean 'sos_rank'" in refused("train", "sos_rnk=3")
-    assert "mode must be one of train, shift" in refused("mode=foo")
+    assert "mode must be one of convert, fit" in refused("mode=foo")
 
 
 @fault("an extra that is not installed", "exits with 2 and names the extra, before a download")
