@@ -121,7 +121,7 @@ class Demo:
         for split in splits:
             (root / "images" / split).mkdir(parents=True)
             (root / "labels" / split).mkdir(parents=True)
-            for image in sorted(Path(content[split]).iterdir()):
+            for image in sorted(Path(content[split]).glob("*.jpg")):
                 link(image, root / "images" / split / image.name)
                 (label,) = img2label_paths([str(image)])
                 lines = [line.split(maxsplit=1) for line in Path(label).read_text(encoding="utf-8").splitlines()]
@@ -280,7 +280,7 @@ def detections(demo: Demo, weights: Path, count: int = 4, side: int = 320) -> by
     from ultralytics.data.utils import check_det_dataset
 
     split = check_det_dataset(resolve_data(demo.data))["test"]
-    paths = sorted(Path(split).iterdir())[:count]
+    paths = sorted(Path(split).glob("*.jpg"))[:count]
     images = [cv2.resize(cv2.imread(str(p)), (side, side), interpolation=cv2.INTER_CUBIC) for p in paths]
     own = {k: demo.training[k] for k in ("imgsz", "device")}
     results = YOLO(weights).predict(images, conf=0.25, verbose=False, **own)

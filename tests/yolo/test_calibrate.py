@@ -511,7 +511,7 @@ print(json.dumps({"map": float(found.box.map), "scores": boxes.conf.tolist()}))
 
 def test_a_stock_ultralytics_loads_it_and_predicts(weights, data):
     report = calibrate_checkpoint(weights(), data)
-    image = next((Path(yaml.safe_load(data.read_text())["path"]) / "images/train").iterdir())
+    image = next((Path(yaml.safe_load(data.read_text())["path"]) / "images/train").glob("*.jpg"))
     code = [sys.executable, "-c", STOCK, str(report.output), str(data), str(image)]
     done = subprocess.run(code, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout.splitlines()[-1])
@@ -529,7 +529,7 @@ def test_the_export_gives_the_same_scores(weights, data):
     report = calibrate_checkpoint(weights(), data)
     yolo = YOLO(report.output)
     exported = yolo.export(format="onnx", imgsz=64, device="cpu")
-    pixels = cv2.imread(str(next((data.parent / yaml.safe_load(data.read_text())["path"] / "images/train").iterdir())))
+    pixels = cv2.imread(str(next((data.parent / yaml.safe_load(data.read_text())["path"] / "images/train").glob("*.jpg"))))
     image = torch.from_numpy(pixels[..., ::-1].copy()).permute(2, 0, 1)[None] / 255
     session = runtime.InferenceSession(exported, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
