@@ -529,7 +529,8 @@ def test_the_export_gives_the_same_scores(weights, data):
     report = calibrate_checkpoint(weights(), data)
     yolo = YOLO(report.output)
     exported = yolo.export(format="onnx", imgsz=64, device="cpu")
-    pixels = cv2.imread(str(next((data.parent / yaml.safe_load(data.read_text())["path"] / "images/train").glob("*.jpg"))))
+    images = data.parent / yaml.safe_load(data.read_text())["path"] / "images/train"
+    pixels = cv2.imread(str(next(images.glob("*.jpg"))))
     image = torch.from_numpy(pixels[..., ::-1].copy()).permute(2, 0, 1)[None] / 255
     session = runtime.InferenceSession(exported, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
