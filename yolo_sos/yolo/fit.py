@@ -45,6 +45,11 @@ class FitData(CheckpointData):
         super().__init__(checkpoint, *args, **kwargs)
         self.shown = object_classes(self.dataset)
         self.names: dict[int, str] = dict(self.content["names"])
+        # Ultralytics checks labels as it reads them, but not those of its cache, which another YAML may have filled.
+        if wrong := [c for of in self.shown for c in of if c not in self.names]:
+            raise ValueError(
+                f"{self.args['data']} names {len(self.names)} classes; labels have class {max(wrong)}, too."
+            )
 
     def check_classes(self, checkpoint: Checkpoint) -> None:
         """Take any classes, but refuse images and keypoints of a form that the model does not have."""
