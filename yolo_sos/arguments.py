@@ -14,7 +14,7 @@ import yaml
 
 from yolo_sos.builtin import resolve_cfg
 from yolo_sos.config import KEYS, SCHEMA, check_keys, setting_type
-from yolo_sos.core.checks import Check, invalid, number
+from yolo_sos.core.checks import Check, invalid
 
 # Keys that Ultralytics takes beside those of its defaults: it translates them, or drops them with a warning.
 DEPRECATED = (
@@ -40,11 +40,6 @@ class Argument:
     default: Any
     type: str
     help: str
-
-
-def at_least(least: int) -> Check:
-    """Return a check that accepts an integer of at least ``least``."""
-    return number(f"an integer of at least {least}", lambda x: x >= least, integer=True)
 
 
 def several(what: str) -> Check:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from yolo_sos.arguments import Options, at_least, option
+from yolo_sos.arguments import Options, option
 from yolo_sos.core import WEIGHTINGS
-from yolo_sos.core.checks import boolean, choice, number, optional
+from yolo_sos.core.checks import at_least, boolean, choice, number, optional
 
 SCOPES = {"all": ("before", "final"), "before": ("before",), "final": ("final",)}  # scope → blocks of parameters
 OUTPUT = "output"  # section of what a comparison of runs takes, too

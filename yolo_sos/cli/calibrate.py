@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from yolo_sos.arguments import Argument
-from yolo_sos.cli.grammar import Mode, refusing
+from yolo_sos.cli.grammar import Mode, refusing, run_arguments
 
 OWN = (
     Argument("model", None, "str", "a checkpoint of Ultralytics"),
@@ -16,11 +16,7 @@ OWN = (
     Argument("iou", 0.5, "float | str", "least IoU of a hit, or soft: the mean over 0.5 to 0.95"),
     Argument("precision", 0.9, "float", "precision that a threshold is reported for, by class"),
     Argument("images", "all", "int | str", "images of the split to fit on, drawn at random, or all"),
-    Argument("imgsz", None, "int", "image size in pixels; that of the training if not given"),
-    Argument("batch", None, "int", "images at a time; that of the training if not given"),
-    Argument("device", None, "int | str", "such as cpu or 0; what Ultralytics picks if not given"),
-    Argument("seed", 0, "int", "chooses the images"),
-    Argument("exist_ok", False, "bool", "replace results that exist"),
+    *run_arguments("chooses the images"),
 )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from yolo_sos.arguments import Argument
-from yolo_sos.cli.grammar import Mode, refusing
+from yolo_sos.cli.grammar import Mode, refusing, run_arguments
 
 OWN = (
     Argument("model", None, "str", "a pretrained checkpoint of Ultralytics"),
@@ -17,11 +17,7 @@ OWN = (
     Argument("old", None, "str", "with add: data set to score the model's own classes on"),
     Argument("val", True, "bool", "score the val split"),
     Argument("calibrate", False, "bool", "make the scores of the fitted checkpoint probabilities, in a second file"),
-    Argument("imgsz", None, "int", "image size in pixels; that of the training if not given"),
-    Argument("batch", None, "int", "images at a time; that of the training if not given"),
-    Argument("device", None, "int | str", "such as cpu or 0; what Ultralytics picks if not given"),
-    Argument("seed", 0, "int", "chooses the images and the background"),
-    Argument("exist_ok", False, "bool", "replace results that exist"),
+    *run_arguments("chooses the images and the background"),
 )
 
 

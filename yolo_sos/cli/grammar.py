@@ -60,6 +60,17 @@ class Mode:
         return "\n".join(lines)
 
 
+def run_arguments(seed: str) -> tuple[Argument, ...]:
+    """Return the arguments of every command that runs a checkpoint on a data set; ``seed`` says what the seed does."""
+    return (
+        Argument("imgsz", None, "int", "image size in pixels; that of the training if not given"),
+        Argument("batch", None, "int", "images at a time; that of the training if not given"),
+        Argument("device", None, "int | str", "such as cpu or 0; what Ultralytics picks if not given"),
+        Argument("seed", 0, "int", seed),
+        Argument("exist_ok", False, "bool", "replace results that exist"),
+    )
+
+
 @contextmanager
 def refusing(*errors: type[Exception], unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Tell an error in one line, without a traceback, and exit with status 2.

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from yolo_sos.arguments import Argument, sos_arguments
-from yolo_sos.cli.grammar import Mode, refusing
+from yolo_sos.cli.grammar import Mode, refusing, run_arguments
 from yolo_sos.config import SHIFT_SETTINGS
 
 SETTINGS = {a.name.removeprefix("sos_"): a for a in sos_arguments()}
@@ -19,11 +19,7 @@ OWN = (
     Argument("val", True, "bool", "score the val split before and after"),
     Argument("calibrate", False, "bool", "make the scores of the shifted checkpoint probabilities, in a second file"),
     Argument("sweep", False, "bool", "trace every method over its range instead"),
-    Argument("imgsz", None, "int", "image size in pixels; that of the training if not given"),
-    Argument("batch", None, "int", "images at a time; that of the training if not given"),
-    Argument("device", None, "int | str", "such as cpu or 0; what Ultralytics picks if not given"),
-    Argument("seed", 0, "int", "chooses the images and the first draw"),
-    Argument("exist_ok", False, "bool", "replace results that exist"),
+    *run_arguments("chooses the images and the first draw"),
 )
 
 

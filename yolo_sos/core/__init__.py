@@ -11,6 +11,7 @@ _MODULES = {  # public name → module; imported when first asked for: reading s
     "affine_matrix": "yolo_sos.core.layers",
     "output_rows": "yolo_sos.core.layers",
     "write_weight": "yolo_sos.core.layers",
+    "write_weights": "yolo_sos.core.layers",
     "select_layers": "yolo_sos.core.layers",
     "last_layer": "yolo_sos.core.layers",
     "layer_output": "yolo_sos.core.layers",

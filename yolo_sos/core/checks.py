@@ -56,6 +56,11 @@ def number(right: str, accept: Callable[[Any], bool], *, integer: bool = False) 
     return check
 
 
+def at_least(least: int) -> Check:
+    """Return a check that accepts an integer of at least ``least``."""
+    return number(f"an integer of at least {least}", lambda x: x >= least, integer=True)
+
+
 def optional(check: Check) -> Check:
     """Return a check that also accepts None, or the word ``none``: YAML knows ``null``, users write ``none``."""
     return lambda key, value: None if shown(value).lower() == "none" else check(key, value)

@@ -247,3 +247,10 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
     with torch.no_grad():
         for name, value in _parameters(module, weight).items():
             getattr(module, name).copy_(value)
+
+
+def write_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Write weights into a model's layers by their names, each as ``write_weight`` does."""
+    modules = dict(model.named_modules())
+    for name, weight in weights.items():
+        write_weight(modules[name], weight)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_sos.arguments import Options, at_least, option, several
+from yolo_sos.arguments import Options, option, several
 from yolo_sos.builtin import resolve_data
-from yolo_sos.core.checks import boolean, invalid, number, optional
+from yolo_sos.core.checks import at_least, boolean, invalid, number, optional
 
 PICTURES = (".pdf", ".png", ".svg")
 SECTIONS = SOURCES, METRICS, MODEL, OUTPUT = "What to judge:", "Metrics:", "To run a model:", "Output:"

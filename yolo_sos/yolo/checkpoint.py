@@ -17,7 +17,7 @@ from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from yolo_sos import __version__
 from yolo_sos.config import CHECKPOINT_KEY, SOSConfig
-from yolo_sos.core import FinalLayer, write_weight
+from yolo_sos.core import FinalLayer, write_weights
 from yolo_sos.core.checks import invalid
 from yolo_sos.yolo.heads import final_layers
 
@@ -95,13 +95,16 @@ class Checkpoint:
         ckpt, _ = torch_safe_load(self.path)  # again: Ultralytics alters in place what it loads
         model = ckpt.get("ema") or ckpt["model"]
         model.half()
-        modules = dict(model.named_modules())
-        for name, weight in weights.items():
-            write_weight(modules[name], weight)
+        write_weights(model, weights)
         # Plain values only: a class of ours would make the checkpoint unreadable without yolo_sos. The settings are
         # those of a training with SOS, which resumes by them; other checkpoints resume without SOS.
         before = ckpt.get(CHECKPOINT_KEY) or {"version": __version__, "settings": SOSConfig.from_dict({}).to_dict()}
         ckpt[CHECKPOINT_KEY] = {**before, key: [*before.get(key, []), {"version": __version__, **note}]}
-        buffer = io.BytesIO()  # torch.save to a path puts the path's name into every record
-        torch.save(ckpt, buffer)
-        path.write_bytes(buffer.getbuffer())
+        write_checkpoint(path, ckpt)
+
+
+def write_checkpoint(path: Path, ckpt: dict[str, Any]) -> None:
+    """Write the content of a checkpoint; the same content gives the same file."""
+    buffer = io.BytesIO()  # torch.save to a path puts the path's name into every record
+    torch.save(ckpt, buffer)
+    path.write_bytes(buffer.getbuffer())

@@ -26,14 +26,13 @@ from yolo_sos.core import (
 from yolo_sos.yolo.class_rows import ClassRows
 from yolo_sos.yolo.classes import priors
 from yolo_sos.yolo.heads import YoloTask
-from yolo_sos.yolo.images import ImageSample
+from yolo_sos.yolo.images import HELD_OUT, ImageSample
 
 IMAGES = 300  # to fit on by default, a fourth of them to choose the ridge first
 PER_CLASS = 10  # images at least, of many classes
 FIRST = 4  # a part of the images to fit on gives the first weights, which then have a say in the assignment
 STRONG = 30  # of them the ridge is the strongest of a path by this: that is where paths have their least loss
 LEAST = 5  # images of each class among those to fit on, where there are as many
-HELD_OUT = 32  # others, which only the guard sees
 
 
 def default_images(classes: int) -> int:
@@ -76,13 +75,11 @@ class ClassFit:
         report (FitReport): How they were found. Its ``refusal`` says why they should not be written.
         shown (list[float]): The sum of each class's targets over all rows and layers. A class with less than 1 is not
             fitted.
-        engine (Engine): The engine, for its stopwatch.
     """
 
     weights: dict[str, Tensor]
     report: FitReport
     shown: list[float]
-    engine: Engine
 
 
 def fit_classes(
@@ -142,7 +139,7 @@ def fit_classes(
     else:
         refusal = judge(layers, before, after)  # an infinite or undefined loss after the fit does not fall
     report = FitReport(tuple(layers), before, after, refusal, engine.watch.milliseconds)
-    return ClassFit(weights, report, shown.tolist(), engine)
+    return ClassFit(weights, report, shown.tolist())
 
 
 def _first(

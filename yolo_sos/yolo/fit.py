@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
@@ -11,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import nn
 from ultralytics import __version__ as ultralytics_version
 from ultralytics.nn.tasks import load_checkpoint
@@ -19,12 +17,12 @@ from ultralytics.utils import DEFAULT_CFG_KEYS, LOGGER, YAML
 
 from yolo_sos import __version__
 from yolo_sos.config import CHECKPOINT_KEY, SOSConfig
-from yolo_sos.core import Engine, write_weight
+from yolo_sos.core import Engine, write_weights
 from yolo_sos.core.checks import boolean, number, optional
 from yolo_sos.files import atomic_path, write_text
 from yolo_sos.yolo.calibrate import CheckpointCalibration
 from yolo_sos.yolo.calibrate_report import CalibrationReport
-from yolo_sos.yolo.checkpoint import Checkpoint
+from yolo_sos.yolo.checkpoint import Checkpoint, write_checkpoint
 from yolo_sos.yolo.class_fit import LEAST, ClassFit, default_images, fit_classes, fit_sizes
 from yolo_sos.yolo.class_rows import ClassRows
 from yolo_sos.yolo.classes import append_classes, known_classes, listed, resized
@@ -65,7 +63,7 @@ class FitData(CheckpointData):
 
     def sample(self, sizes: dict[str, int], seed: int) -> ImageSample:
         """Return random sets of the training images, in which each class is to be seen if that can be."""
-        order = covering_order([set(of) for of in self.shown], LEAST, seed)
+        order = covering_order(self.shown, LEAST, seed)
         return ImageSample(self.dataset, self._validator.preprocess, self.batch, sizes, seed, order=order)
 
 
@@ -188,9 +186,7 @@ class CheckpointFit(CheckpointJob):
     def _written(self, path: Path, fit: ClassFit, report: CheckpointFitReport) -> CheckpointFitReport:
         """Write the checkpoint and return the report of it as Ultralytics reads it again: in half precision."""
         before, scores_before = self._scores(self.model) if self.splits and self.known else ({}, {})
-        modules = dict(self.model.named_modules())
-        for name, weight in fit.weights.items():
-            write_weight(modules[name], weight)
+        write_weights(self.model, fit.weights)
         note = {"images": report.images, "settings": report.settings, "ridges": [x.ridge for x in report.layers]}
         self._save(path, self.model, note)
         model, _ = load_checkpoint(path, device=self.device)
@@ -249,9 +245,7 @@ class CheckpointFit(CheckpointJob):
                 "fit": note,
             },
         }
-        buffer = io.BytesIO()  # torch.save to a path puts the path's name into every record
-        torch.save(ckpt, buffer)
-        path.write_bytes(buffer.getbuffer())
+        write_checkpoint(path, ckpt)
 
 
 def _items(value: Any) -> list[Any]:

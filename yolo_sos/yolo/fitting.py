@@ -14,7 +14,7 @@ from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_sos.config import CHECKPOINT_KEY
-from yolo_sos.core import affine_matrix, write_weight
+from yolo_sos.core import affine_matrix, write_weights
 from yolo_sos.files import finite, read_json, write_text
 from yolo_sos.yolo.class_fit import LEAST, ClassFit, default_images, fit_classes, fit_sizes
 from yolo_sos.yolo.classes import class_layers, in_order, known_classes, listed, take_over
@@ -98,9 +98,7 @@ class Fitting(TrainerExtension):
             fit = self._fit()
             if not fit.report.refusal:
                 for model in models:
-                    modules = dict(model.named_modules())
-                    for name, weight in fit.weights.items():
-                        write_weight(modules[name], weight)
+                    write_weights(model, fit.weights)
             return fit
 
         def tensors() -> Iterator[Tensor]:
@@ -124,7 +122,7 @@ class Fitting(TrainerExtension):
     def _fit(self) -> ClassFit:
         view, _ = self.plain_images()
         images = fit_sizes(len(view), default_images(self.data["nc"]))
-        order = covering_order([set(of) for of in object_classes(view)], LEAST, self.args.seed)
+        order = covering_order(object_classes(view), LEAST, self.args.seed)
         sample = self.sample_images(images, self.args.seed, keep=False, order=order)
         return fit_classes(self.ema.ema, sample, self._known_rows(), None, self.args.seed)
 

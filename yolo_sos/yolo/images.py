@@ -83,7 +83,7 @@ def covering_order(classes: Sequence[Collection[int]], least: int, seed: int) ->
     order = draw(len(classes), None, seed)
     of: dict[int, list[int]] = {}
     for i in order:
-        for c in classes[i]:
+        for c in set(classes[i]):
             of.setdefault(c, []).append(i)
     first: dict[int, None] = {}
     for turn in range(1, least + 1):

@@ -13,7 +13,7 @@ from ultralytics.utils.torch_utils import select_device
 
 from yolo_sos.config import SHIFT_SETTINGS, SOSConfig
 from yolo_sos.core import Engine, FinalLayer, HeldOut, Method, Moments, as_float64, input_rows, weight_matrix
-from yolo_sos.core.checks import boolean, number, optional
+from yolo_sos.core.checks import at_least, boolean, number, optional
 from yolo_sos.yolo.checkpoint import Checkpoint
 from yolo_sos.yolo.heads import YoloTask, layers_of_kinds
 from yolo_sos.yolo.images import CheckpointData, split_sizes
@@ -50,7 +50,7 @@ def shift_settings(settings: dict[str, Any]) -> tuple[SOSConfig, int | None]:
 
 def check_integer(name: str, value: Any, least: int) -> None:
     """Raise a ``ValueError`` that names the key unless the value is None or an integer of at least ``least``."""
-    optional(number(f"an integer of at least {least}", lambda x: x >= least, integer=True))(name, value)
+    optional(at_least(least))(name, value)
 
 
 def check_free(paths: Sequence[Path], exist_ok: bool) -> None:

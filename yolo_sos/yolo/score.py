@@ -145,9 +145,7 @@ def class_scores(
         scores (dict[int, float]): AP50-95 of each class that the split shows, of masks or keypoints where the model has
             them; of a classifier the share of its images that it gets right.
     """
-    with TemporaryDirectory() as folder:
-        run = validator(args=args, save_dir=Path(folder))
-        metrics = dict(run(model=model))
+    run, metrics = run_many((), validator, args, model)
     if args["task"] == "classify":
         right, targets = (torch.cat(run.pred)[:, 0] == torch.cat(run.targets)), torch.cat(run.targets)
         return metrics, {int(c): float(right[targets == c].float().mean()) for c in targets.unique()}
