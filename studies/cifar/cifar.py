@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -102,11 +102,16 @@ class Split:
     images: Tensor
     labels: Tensor
 
+    def to(self, device: torch.device) -> Split:
+        """Return the split on a device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
     def batches(self, index: Tensor | None = None, size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised images and labels, in the order of ``index`` if there is one."""
+        device = self.labels.device
         index = torch.arange(len(self.labels)) if index is None else index
-        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
-        for part in index.split(size):
+        mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
+        for part in index.to(device).split(size):
             images = (self.images[part] / 255 - mean) / std
             yield images.contiguous(memory_format=torch.channels_last), self.labels[part]
 
@@ -165,16 +170,35 @@ def network(config: Config, classes: int) -> nn.Sequential:
     return model.to(memory_format=torch.channels_last)
 
 
-def train(config: Config, data: Split, classes: int, seed: int, file: Path) -> tuple[nn.Sequential, list[Any]]:
+def train(
+    config: Config,
+    data: Split,
+    classes: int,
+    seed: int,
+    file: Path,
+    build: Callable[[Config, int], nn.Sequential] = network,
+    after_epoch: Callable[[nn.Sequential, int], dict[str, Any]] = lambda *_: {},
+) -> tuple[nn.Sequential, list[Any]]:
     """Return a trained model and its curve: loss and accuracy while training, by epoch.
 
     Every epoch is kept in a file, from which an interrupted training goes on as if it had not been interrupted.
+
+    Args:
+        config (Config): The recipe.
+        data (Split): Images to train on; the model is trained on their device.
+        classes (int): C.
+        seed (int): Of the first weights, of the order of the images and of their flips.
+        file (Path): Where the epochs are kept.
+        build (Callable): ``build(config, classes)`` returns the network.
+        after_epoch (Callable): ``after_epoch(model, epoch)`` is called after each epoch, counted from 0, and returns
+            what the curve tells besides.
 
     Raises:
         ValueError: If the file is of a training with other settings.
     """
     torch.manual_seed(seed)
-    model = network(config, classes)
+    device = data.labels.device
+    model = build(config, classes).to(device)
     optimizer = torch.optim.SGD(
         model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=True
     )
@@ -184,7 +208,7 @@ def train(config: Config, data: Split, classes: int, seed: int, file: Path) -> t
     settings = {key: value for key, value in asdict(config).items() if key != "arms"}
     curve: list[Any] = []
     if file.exists():
-        found = torch.load(file, weights_only=True)
+        found = torch.load(file, map_location="cpu", weights_only=True)
         if found["config"] != settings:
             raise ValueError(f"{file}: trained with other settings; remove it, or name another folder by --models")
         curve = found["curve"]
@@ -193,20 +217,23 @@ def train(config: Config, data: Split, classes: int, seed: int, file: Path) -> t
             part.load_state_dict(found[name])
     n = len(data.labels)
     while len(curve) < config.epochs:
-        begun, total, right = time.process_time(), 0.0, 0
+        begun = time.process_time()
+        total, right = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
         model.train()
         for images, labels in data.batches(torch.randperm(n), config.batch):
-            flipped = torch.rand(len(images), 1, 1, 1) < 0.5
-            with torch.autocast("cpu", torch.bfloat16):
+            flipped = (torch.rand(len(images), 1, 1, 1) < 0.5).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
                 output = model(torch.where(flipped, images.flip(3), images))
                 loss = nn.functional.cross_entropy(output, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += len(labels) * loss.item()
-            right += int((output.argmax(1) == labels).sum())
+            total += len(labels) * loss.detach().double()
+            right += (output.argmax(1) == labels).sum()
         schedule.step()
-        curve.append({"loss": total / n, "accuracy": right / n, "cpu_seconds": round(time.process_time() - begun, 1)})
+        told = {"loss": float(total) / n, "accuracy": float(right) / n}
+        told |= after_epoch(model, len(curve)) | {"cpu_seconds": round(time.process_time() - begun, 1)}
+        curve.append(told)
         print(f"seed {seed}, epoch {len(curve)}/{config.epochs}: {curve[-1]}", flush=True)
         states = {name: part.state_dict() for name, part in parts.items()}
         with atomic_path(file) as temporary:
@@ -225,13 +252,13 @@ def shift(model: nn.Module, arm: Arm, data: dict[str, Split], seed: int) -> Shif
 def measure(head: nn.Linear, features: dict[str, Tensor], data: dict[str, Split]) -> dict[str, float]:
     """Return the figures of a final layer on the features ``(n, d)`` of each set."""
     with torch.no_grad():
-        logits = {name: head(rows).double() for name, rows in features.items()}
-    labels = data["test"].labels
-    temperature = fit_temperature(logits["scaling"], data["scaling"].labels)
+        logits = {name: head(rows).double().cpu() for name, rows in features.items()}
+    labels, scaling = data["test"].labels.cpu(), data["scaling"].labels.cpu()
+    temperature = fit_temperature(logits["scaling"], scaling)
     scaled = logits["test"] / temperature
     return {
-        "train_accuracy": accuracy(logits["train"], data["train"].labels),
-        "train_loss": nll(logits["train"], data["train"].labels),
+        "train_accuracy": accuracy(logits["train"], data["train"].labels.cpu()),
+        "train_loss": nll(logits["train"], data["train"].labels.cpu()),
         "test_accuracy": accuracy(logits["test"], labels),
         "test_loss": nll(logits["test"], labels),
         "ece": calibration_error(logits["test"], labels),
@@ -250,7 +277,7 @@ def study(model: nn.Sequential, config: Config, data: dict[str, Split], seed: in
     """Return the figures of the trained model (``baseline``) and of a shifted copy for each arm."""
     with torch.no_grad():
         features = {name: torch.cat([model[:-1](images) for images, _ in of.batches()]) for name, of in data.items()}
-    found: dict[str, dict[str, Any]] = {"baseline": {"squared_norm_ratio": 1.0, **measure(model[-1], features, data)}}
+    found = {"baseline": {"squared_norm_ratio": 1.0, **measure(model[-1], features, data)}}
     for name, arm in config.arms.items():
         copy = deepcopy(model)
         report = shift(copy, arm, data, seed)

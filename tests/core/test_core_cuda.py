@@ -17,6 +17,7 @@ from yolo_sos.core import (
     RowSample,
     budgeted_shift,
     expected_shift,
+    fit_model,
     minimum_norm_shift,
     principal_shift,
     shift_model,
@@ -110,3 +111,17 @@ def test_a_model(name, autocast):
     assert report.heldout_after == pytest.approx(expected.heldout_after, rel=tolerance)
     change = (there[2].weight.cpu() - here[2].weight).norm() / here[2].weight.norm()
     assert float(change.detach()) < (0.1 if autocast else 1e-3)
+
+
+def test_a_fit():
+    torch.manual_seed(0)
+    here = nn.Sequential(nn.Linear(8, D), nn.Tanh(), nn.Linear(D, OUT))
+    there = copy.deepcopy(here).cuda()
+    centres = 2 * torch.randn(OUT, 8)
+    labels = torch.arange(40) % OUT
+    batches = [(centres[labels] + torch.randn(40, 8), labels) for _ in range(6)]
+    expected, report = (fit_model(model, batches[:4], batches[4:]) for model in (here, there))
+    assert there[2].weight.is_cuda and not expected.refusal and not report.refusal
+    assert report.layers[0].ridge == pytest.approx(expected.layers[0].ridge, rel=1e-4)
+    assert report.heldout_before == pytest.approx(expected.heldout_before, rel=1e-4)
+    assert report.heldout_after == pytest.approx(expected.heldout_after, rel=1e-3)

@@ -22,7 +22,11 @@ DEFAULTS = {str(path.parent.relative_to(FOLDER)): path for path in FILES.values(
 EXPERIMENTS = {name: path for name, path in DEFAULTS.items() if read_cfg(path).get("model")}  # others are built on
 CIFAR = {f"cifar/{model}-cifar{n}": n for model in ("vgg16bn", "resnet18", "densenet121", "vit") for n in (10, 100)}
 VOC = {"voc/yolov5s": "yolov5s.pt", "voc/yolov5x": "yolov5x.pt"}
-VOC07 = {"voc07": 3, "voc07/long": 10}
+VOC07 = {
+    "voc07": {"imgsz": 320, "epochs": 3, "batch": 16, "workers": 0},
+    "voc07/long": {"imgsz": 320, "epochs": 10, "batch": 16, "workers": 0},
+    "voc07/gpu": {"imgsz": 224, "epochs": 10, "batch": 64, "workers": 2},
+}
 
 
 def arms_folder(default: Path) -> Path:
@@ -111,12 +115,12 @@ def test_voc_is_the_recipe_for_fine_tuning(name):
 
 
 @pytest.mark.parametrize("name", VOC07)
-def test_voc07_is_the_same_recipe_sized_for_a_cpu(name):
+def test_voc07_is_the_same_recipe_but_smaller(name):
     arms = read_arms(EXPERIMENTS[name].parent)
-    assert list(arms) == ["baseline", "rows-balanced", "rows-uniform", "sam", "sos", "sos-middle", "swa"]
+    assert list(arms) == ["baseline", "fit", "rows-balanced", "rows-uniform", "sam", "sos", "sos-middle", "swa"]
     recipe = read_cfg(FOLDER / "voc/default.yaml")
-    sized = {"data": "VOC07.yaml", "model": "yolov8n.pt", "imgsz": 320, "epochs": VOC07[name], "warmup_epochs": 0.5}
-    shared = {**recipe, **sized, "mosaic": 0, "mixup": 0, "val": False, "workers": 0}
+    sized = {"data": "VOC07.yaml", "model": "yolov8n.pt", "warmup_epochs": 0.5, **VOC07[name]}
+    shared = {**recipe, **sized, "mosaic": 0, "mixup": 0, "val": False}
     for arm in arms.values():
         assert {k: v for k, v in arm.config.items() if k in shared and k not in arm.differences} == {
             k: v for k, v in shared.items() if k not in arm.differences
@@ -129,4 +133,5 @@ def test_voc07_is_the_same_recipe_sized_for_a_cpu(name):
     published = read_arms(EXPERIMENTS["voc/yolov5s"].parent)["rows"].config
     assert all(uniform[key] == value for key, value in published.items() if key.startswith("sos"))
     assert arms["sam"].differences == ("sharpness_aware",)
+    assert arms["fit"].differences == ("fit_head",)
     assert (arms["swa"].config["lrf"], arms["swa"].config["swa"]) == (1.0, 0.5)  # constant, as published

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 
 import pytest
 import torch
+import yaml
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils.patches import torch_load
 from watched import EPOCHS, REAL_SHIFT, same
 
 from yolo_sos.core import SOS
-from yolo_sos.yolo import shift_checkpoint
+from yolo_sos.yolo import calibrate_checkpoint, fit_checkpoint, shift_checkpoint
 from yolo_sos.yolo.heads import final_layers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -106,3 +108,49 @@ def test_a_trained_checkpoint_is_shifted_as_on_the_cpu(run, digits, tmp_path, mo
     for key, expected in weights["cpu"].items():  # but for the last digits of float16, in which they are saved
         difference = (weights["0"][key] - expected).double().norm()
         assert float(difference) <= 5e-3 * float(expected.double().norm()), key
+
+
+@pytest.fixture
+def renamed(able, tmp_path):
+    """The digits under names that no model knows."""
+    path = tmp_path / "renamed.yaml"
+    names = {k: f"digit {k}" for k in range(10)}
+    path.write_text(yaml.safe_dump({**yaml.safe_load(able["data"].read_text()), "names": names}))
+    return path
+
+
+def test_fit_head(train, able, renamed):
+    """Before the first epoch, of the model in float32, and a shift at the end."""
+    run = train(model=able["best"], data=str(renamed), fit_head=True, sos=True, device=0, amp=True)
+    assert {"2", "3", "4"} <= {r["epoch"] for r in run.shifts}
+    told = json.loads((run.save_dir / "fit.json").read_text())
+    assert not told["refusal"] and told["heldout_after"] < told["heldout_before"]
+    assert_finished(run)
+
+
+def test_a_checkpoint_is_fitted_as_on_the_cpu(able, renamed, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    reports = {}
+    for device in "cpu", "0":
+        (tmp_path / device).mkdir()
+        path = shutil.copy(able["best"], tmp_path / device / "best.pt")
+        reports[device] = fit_checkpoint(path, renamed, device=device, val=False)
+    here, there = reports["cpu"], reports["0"]
+    assert not here.refusal and not there.refusal
+    assert [x.ridge for x in there.layers] == pytest.approx([x.ridge for x in here.layers], rel=0.05)
+    assert there.heldout_before == pytest.approx(here.heldout_before, rel=1e-3)
+    assert there.heldout_after == pytest.approx(here.heldout_after, rel=0.02)
+
+
+def test_a_checkpoint_is_calibrated_as_on_the_cpu(able, tmp_path, monkeypatch):
+    """To the same map, whether or not it is accepted."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    maps = {}
+    for device in "cpu", "0":
+        (tmp_path / device).mkdir()
+        path = shutil.copy(able["best"], tmp_path / device / "best.pt")
+        (branch,) = calibrate_checkpoint(path, able["data"], device=device).branches
+        maps[device] = branch.mapping
+    for name in "scale", "shift":
+        there, here = (float(getattr(maps[device], name).mean()) for device in ("0", "cpu"))
+        assert there == pytest.approx(here, rel=0.05), name
