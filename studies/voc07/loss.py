@@ -5,9 +5,10 @@
     python studies/voc07/loss.py --weights best.pt --data VOC07.yaml --split test --name n-3-seed0
 
 writes studies/voc07/loss-<name>.json. ``loss`` is the least norm at a given second-order rise of the loss: a ridge on
-second moments that are weighted by the loss's curvature, or by its squared slopes, in each output, with one strength for
-all layers (``studies/beyond``). Its strength, and that of the default, ``expected``, is the largest at which the loss
-of held-out images rises by no more than 0.5 %. Both are fitted on few images, as ``sos=true`` draws them, and on many.
+second moments that are weighted by the loss's curvature, or by its squared slopes, in each output, with one strength
+for all layers (``studies/beyond``). Its strength, and that of the default, ``expected``, is the largest at which the
+loss of held-out images rises by no more than 0.5 %. Both are fitted on few images, as ``sos=true`` draws them, and on
+many.
 """
 
 from __future__ import annotations
