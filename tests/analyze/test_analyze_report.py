@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from yolo_sos.analyze import Comparison, Curves, analyze_checkpoints, comparison, figures, hessian, spectrum
+from yolo_sos.analyze import Comparison, Curves, analyze_checkpoints, comparison, curves, figures, hessian, spectrum
 from yolo_sos.analyze.curves import columns
 from yolo_sos.analyze.report import digits, number
 from yolo_sos.analyze.verdict import verdict
@@ -315,3 +315,14 @@ def test_numbers_for_tables_and_json():
     assert number({"estimate": None, "stderr": None}) == number(None) == number(float("nan")) == "–"
     assert digits(0.0123456, 3) == "0.0123" and digits(-498.2, 4, "+") == "-498.2" and digits(0.0, 4) == "0"
     assert digits(1e-9, 2) == "1e-09" and digits(99.96, 3) == "100"
+
+
+def test_an_axis_over_orders_of_magnitude_has_plain_numbers(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(curves, "save", lambda figure, path: drawn.append(figure))
+    first, last = ({**dict.fromkeys(curves.COLUMNS, 1.0), "epoch": e, "nc1": nc1} for e, nc1 in ((1, 299.0), (2, 20.3)))
+    curves.draw({"plain": [first, last]}, tmp_path / "curves.png")
+    (axis,) = (ax.yaxis for ax in drawn[0].axes if ax.get_yscale() == "log")
+    drawn[0].canvas.draw()
+    told = {t.get_text() for t in axis.get_ticklabels(which="both")}
+    assert {"30", "100", "300"} <= told and not [text for text in told if "10^" in text or "e" in text]

@@ -14,7 +14,6 @@ import yaml
 from ultralytics import YOLO
 
 from yolo_sos.core import weight_matrix
-from yolo_sos.data.digits import build
 from yolo_sos.yolo.heads import final_layers
 
 
@@ -47,24 +46,6 @@ def trained(seen, tiny, tmp_path_factory) -> dict[str, Path]:
     )
     shutil.copy(folder / "run/weights/best.pt", kept)  # a run that is resumed would write over it
     return {"best": kept / "best.pt", "last": kept / "last.pt"}
-
-
-@pytest.fixture(scope="session")
-def able(tiny, tmp_path_factory) -> dict[str, Path]:
-    """A checkpoint whose features are of use for images that it has not seen, and its ``data``: 120 + 24 images."""
-    folder = tmp_path_factory.mktemp("able")
-    data = build(folder / "set", train=120, val=24, test=8, imgsz=64, digits=(1, 3))
-    content = {**yaml.safe_load(data.read_text()), "path": str(data.parent)}
-    (folder / "data.yaml").write_text(yaml.safe_dump(content))
-    plain = {k: 0.0 for k in ("mosaic", "translate", "scale", "hsv_h", "hsv_s", "hsv_v", "fliplr", "warmup_epochs")}
-    yolo = YOLO(tiny)
-    yolo.train(
-        data=str(folder / "data.yaml"),
-        **{"epochs": 30, "imgsz": 64, "batch": 8, "device": "cpu", "workers": 0, "plots": False, "val": False},
-        **{"optimizer": "AdamW", "lr0": 0.005, "close_mosaic": 0, "project": str(folder), "name": "run"},
-        **plain,
-    )
-    return {"best": folder / "run/weights/best.pt", "data": folder / "data.yaml"}
 
 
 @pytest.fixture

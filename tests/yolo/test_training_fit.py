@@ -63,7 +63,8 @@ def test_model_and_ema_start_with_the_fit(fitted, train, able, renamed):
     assert torch.equal(starts.random, stock.random)  # the fit has taken no random number of the run
     told = json.loads((run.save_dir / "fit.json").read_text())
     assert told["heldout_after"] < told["heldout_before"] and not told["refusal"]
-    (line,) = [line for line in run.log if "fit_head: " in line]
+    line, saved = [line for line in run.log if "fit_head: " in line]
+    assert "before the first epoch the model has a fitness of" in saved
     assert f"{told['heldout_before']:.4g} → {told['heldout_after']:.4g}" in line and line.endswith(" s")
 
 
@@ -120,8 +121,8 @@ def test_a_shift_before_the_first_epoch_comes_after_the_fit(train, able, renamed
             model=able["best"], data=str(renamed), fit_head=True, sos=True, sos_start=0.0, callbacks=starts.callbacks
         )
     assert order == ["fit"]
-    lines = [line for line in run.log if "fit_head: " in line or "squared norm ×" in line]
-    assert "fit_head" in lines[0] and "squared norm" in lines[1]
+    lines = [line for line in run.log if "layers fitted" in line or "squared norm ×" in line]
+    assert "layers fitted" in lines[0] and "squared norm" in lines[1]
 
 
 def test_known_rows_are_known(train, able):

@@ -58,6 +58,8 @@ def _measured(path: Path) -> Curve:
 
 def draw(curves: dict[str, Curve], path: Path) -> Path | None:
     """Draw the curves of runs, a panel per measure; None, and no picture, where no run has two measurements."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     if max(map(len, curves.values())) < 2:
         return None
     fig, axes = panels(len(PANELS), 3, 2.9)
@@ -69,7 +71,9 @@ def draw(curves: dict[str, Curve], path: Path) -> Path | None:
         values = [p[key] for curve in curves.values() for p in curve if math.isfinite(p[key])]
         if key == "nc1" and max(values, default=0) > 10 * min(values, default=0) > 0:  # falls by orders of magnitude
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
             ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter(NullFormatter())  # its own writes 3×10²
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("epoch")
     axes[0].legend()

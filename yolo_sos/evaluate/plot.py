@@ -84,6 +84,7 @@ def plot_reliability(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(4.6 * len(curves), 5.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -100,6 +101,8 @@ def plot_reliability(
         for text in curve.legend(fontsize=9, loc="upper left").get_texts():
             text.set_parse_math(False)
         counts.set(yscale="log", ylim=(0.7, None), xlabel="score", ylabel="number")
+        counts.yaxis.set_major_formatter("{x:g}")
+        counts.yaxis.set_minor_formatter(NullFormatter())  # its own writes 2×10⁰
         for axis in (curve, counts):
             axis.grid(alpha=0.3)
     with atomic_path(path) as temporary:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from ultralytics.utils import LOGGER
+from ultralytics.utils import LOGGER, colorstr
 
 from yolo_sos.core import FinalLayer, affine_matrix, fold
 from yolo_sos.core.checks import boolean, choice, invalid, number
@@ -21,7 +21,8 @@ from yolo_sos.yolo.classes import class_layers
 from yolo_sos.yolo.evidence import evidence
 from yolo_sos.yolo.job import CheckpointJob, check_free
 from yolo_sos.yolo.recording import Pass, branch_arguments, read_truth, record
-from yolo_sos.yolo.training import PREFIX
+
+PREFIX = colorstr("calibrate: ")
 
 
 class CheckpointCalibration(CheckpointJob):

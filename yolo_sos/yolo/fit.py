@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from ultralytics import __version__ as ultralytics_version
 from ultralytics.nn.tasks import load_checkpoint
-from ultralytics.utils import DEFAULT_CFG_KEYS, LOGGER, YAML
+from ultralytics.utils import DEFAULT_CFG_KEYS, LOGGER, YAML, colorstr
 
 from yolo_sos import __version__
 from yolo_sos.config import CHECKPOINT_KEY, SOSConfig
@@ -31,7 +31,8 @@ from yolo_sos.yolo.heads import YoloTask, head_of
 from yolo_sos.yolo.images import CheckpointData, ImageSample, covering_order, object_classes
 from yolo_sos.yolo.job import CheckpointJob
 from yolo_sos.yolo.score import class_scores
-from yolo_sos.yolo.training import PREFIX
+
+PREFIX = colorstr("fit: ")
 
 
 class FitData(CheckpointData):

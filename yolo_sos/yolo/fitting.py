@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from ultralytics.utils import LOGGER, RANK
+from ultralytics.utils import LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_sos.config import CHECKPOINT_KEY
@@ -19,7 +19,9 @@ from yolo_sos.files import finite, read_json, write_text
 from yolo_sos.yolo.class_fit import LEAST, ClassFit, default_images, fit_classes, fit_sizes
 from yolo_sos.yolo.classes import class_layers, in_order, known_classes, listed, take_over
 from yolo_sos.yolo.images import covering_order, object_classes, preserve_rng
-from yolo_sos.yolo.training import PREFIX, TrainerExtension
+from yolo_sos.yolo.training import TrainerExtension
+
+PREFIX = colorstr("fit_head: ")
 
 
 class Fitting(TrainerExtension):
@@ -115,9 +117,9 @@ class Fitting(TrainerExtension):
         told = {"explained": report.explained, **asdict(report)}
         shown = [{"name": names[k], "targets": targets} for k, targets in enumerate(fit.shown)]
         write_text(self.save_dir / "fit.json", json.dumps(finite({**told, "shown": shown}), indent=2) + "\n")
-        (LOGGER.warning if report.refusal else LOGGER.info)(f"{PREFIX}fit_head: {report}")
+        (LOGGER.warning if report.refusal else LOGGER.info)(f"{PREFIX}{report}")
         if not report.refusal and (unseen := [names[k] for k, targets in enumerate(fit.shown) if targets < 1]):
-            LOGGER.warning(f"{PREFIX}fit_head: the images fitted on hold next to nothing of {listed(unseen)}.")
+            LOGGER.warning(f"{PREFIX}the images fitted on hold next to nothing of {listed(unseen)}.")
 
     def _fit(self) -> ClassFit:
         view, _ = self.plain_images()
