@@ -241,16 +241,16 @@ class Engine:
 
         The largest strength is tried first, then bisection, by the held-out loss of each shift. Where none passes, the
         weakest is returned, for ``accept`` to shorten or refuse. Without held-out images, or without a guard, the
-        strength is ``UNJUDGED``.
+        strength is that of ``Method.at()``.
         """
         if not method.is_found or guard is None or not math.isfinite(heldout.before):
-            return self.solve(method.at(None) if method.is_found else method, seed)
+            return self.solve(method.at(), seed)
         best, low, strength, high = None, 0.0, 1.0, 1.0
         for _ in range(1 + HALVINGS):
             shift = self.solve(method.at(strength), seed)
             loss = heldout.loss(shift.weights()) if shift.status == OK else math.nan
             self.watch.lap("guard")
-            if loss <= heldout.before + guard * abs(heldout.before):
+            if heldout.allows(loss, guard):
                 low, best = strength, replace(shift, judged=(heldout, loss))
                 if strength == 1.0:
                     break
@@ -260,28 +260,27 @@ class Engine:
         return best or shift
 
     def accept(
-        self, shift: Shift, heldout: HeldOut | None, guard: float | None, largest: float = 1.0
+        self, shift: Shift, heldout: HeldOut, guard: float | None, largest: float = 1.0
     ) -> tuple[float, float, float]:
         """Return the accepted step size, and the held-out loss before and after it.
 
         Args:
             shift (Shift): The shift.
-            heldout (HeldOut, optional): Held-out batches. None, or empty: there is nothing to judge on, hence no guard.
+            heldout (HeldOut): Held-out batches. Where there are none, the largest step is accepted.
             guard (float, optional): Largest relative rise of the held-out loss. Where the largest step rises more, ½
                 and ¼ of it are tried, then 0. None: no guard; the losses are reported all the same.
             largest (float): Largest step, in (0, 1].
         """
-        before = heldout.before if heldout else math.nan
+        before = heldout.before
         if shift.status != OK:
             return 0.0, before, before
-        if heldout is None or not heldout.images:
-            return largest, math.nan, math.nan
-        for step in (largest,) if guard is None else tuple(part * largest for part in STEPS):
+        if not heldout.images:
+            return largest, before, before
+        for step in [part * largest for part in STEPS]:
             known = step == 1.0 and shift.judged and shift.judged[0] is heldout
             after = shift.judged[1] if known else heldout.loss(shift.weights(step))  # type: ignore[index]
             self.watch.lap("guard")
-            # False for a loss of NaN, before or after; an infinite one has no relative rise.
-            if guard is None or (after <= before + guard * abs(before) and math.isfinite(before)):
+            if heldout.allows(after, guard):
                 return step, before, after
         return 0.0, before, before
 
@@ -381,6 +380,13 @@ class HeldOut:
     def before(self) -> float:
         """The mean loss per image of the model as it ran; nan without images."""
         return self._total / self.images if self.images else math.nan
+
+    def allows(self, loss: float, guard: float | None) -> bool:
+        """Tell whether a loss is at most ``guard`` above the one before, relative; without a guard every loss is.
+
+        A loss of NaN is not, before or after, and to an infinite one before there is no relative rise.
+        """
+        return guard is None or (math.isfinite(self.before) and loss <= self.before + guard * abs(self.before))
 
     @property
     def inputs(self) -> Iterator[dict[str, Tensor]]:
