@@ -8,9 +8,10 @@ __all__, __getattr__, __dir__ = lazy_exports(
     {  # imported when first asked for: reading settings must not load torch
         "calibration": ("OWN_MAP", "AffineMap", "NoMapError", "fit_logistic", "fit_softmax", "fold"),
         "capture": ("InputCapture", "evaluation", "original_module"),
-        "engine": ("Engine", "HeldOut", "Shift", "Stopwatch", "layer_outputs", "temporary_weights"),
+        "engine": ("Engine", "Shift", "Stopwatch"),
         "fit": ("FitReport", "LayerFit", "fit_layer", "fit_model", "judge"),
-        "fitting": ("ROUGH", "Path", "RidgeProblem", "Rows", "fit_path"),
+        "fitting": ("ROUGH", "RidgePath", "RidgeProblem", "Rows", "fit_path"),
+        "heldout": ("HeldOut", "layer_outputs", "temporary_weights"),
         "layers": (
             *("FinalLayer", "affine_matrix", "check_linear", "input_rows", "last_layer", "layer_output"),
             *("output_rows", "select_layers", "weight_matrix", "write_weight", "write_weights"),
