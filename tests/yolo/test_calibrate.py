@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from stock import run_stock
 from ultralytics import YOLO
 from ultralytics.utils import nms
 
@@ -492,14 +491,6 @@ def test_the_keys_are_those_of_the_job():
 
 
 STOCK = """
-import json, sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "yolo_sos":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
 from ultralytics import YOLO
 
 model = YOLO(sys.argv[1])
@@ -509,12 +500,10 @@ print(json.dumps({"map": float(found.box.map), "scores": boxes.conf.tolist()}))
 """
 
 
-def test_a_stock_ultralytics_loads_it_and_predicts(weights, data):
+def test_a_stock_ultralytics_loads_it_and_predicts(weights, data, tmp_path):
     report = calibrate_checkpoint(weights(), data)
     image = next((Path(yaml.safe_load(data.read_text())["path"]) / "images/train").glob("*.jpg"))
-    code = [sys.executable, "-c", STOCK, str(report.output), str(data), str(image)]
-    done = subprocess.run(code, capture_output=True, text=True, check=True)
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = run_stock(STOCK, report.output, data, image, cwd=tmp_path)
     assert told["map"] == pytest.approx(report.branches[0].metrics_after["metrics/mAP50-95(B)"], abs=1e-6)
     before = YOLO(report.model).predict(image, imgsz=64, device="cpu", conf=0.01, verbose=False)[0].boxes.conf
     mapping = report.branches[0].mapping
