@@ -179,8 +179,10 @@ def _difference(checkpoints: Sequence[dict[str, Any]]) -> str:
         own = {**SOSConfig().to_dict(), **ours.get("settings", {})}
         for key, done in ours.items():
             if done and key not in ("version", "settings"):  # an operation of yolo-sos; of a command, with its settings
-                last = done[-1].get("settings") if isinstance(done, list) else None
-                own[key] = {k: v for k, v in (last or {}).items() if k not in OF_ONE_RUN}
+                last = done[-1] if isinstance(done, list) else done
+                chosen = last.get("settings", {}) if isinstance(last, dict) else {}
+                found = ("rank", "budget") if chosen.get("found") else ()  # by the guard, for each model its own
+                own[key] = {k: v for k, v in chosen.items() if k not in (*OF_ONE_RUN, *found)}
         settings.append({**given, **own})
     keys = sorted({key for one in settings for key in one})
     differ = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
