@@ -305,6 +305,16 @@ def test_annotations_without_an_image_are_not_left_out_in_silence(copied):
         read_data_set(str(copied / "data.yaml"), "test")
 
 
+def test_annotations_of_other_class_names_say_how_to_go_on(copied):
+    path = copied / "data.yaml"
+    path.write_text(path.read_text().replace("cat", "feline"))
+    told = r"\.xml, object 1 \(cat\): unknown class 'cat'; the classes are .*feline.* leave out its key 'voc'"
+    with pytest.raises(ValueError, match=told):
+        read_data_set(str(path), "test").truth()
+    path.write_text(re.sub("^voc:.*\n", "", path.read_text(), flags=re.MULTILINE))
+    assert len(read_data_set(str(path), "test").truth().boxes) == 7
+
+
 def test_classes_that_ultralytics_renames(capsys, tmp_path, results):
     """Names of ImageNet's classes: the XML has them as they are, the models as Ultralytics calls them."""
     objects = {
