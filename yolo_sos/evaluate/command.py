@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import platform
 import shlex
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ from yolo_sos.evaluate.plot import plot_curves, plot_reliability
 from yolo_sos.evaluate.report import Scores, calibration_tables, notes, report_json, table, tables
 from yolo_sos.evaluate.voc import Matches, VOCResult, voc_result
 from yolo_sos.evaluate.voc_files import check_class_files, read_voc_detections, write_voc_detections
-from yolo_sos.files import write_text
+from yolo_sos.files import as_json, write_text
 
 
 def run(**options: Any) -> dict[str, Any]:
@@ -132,7 +131,7 @@ def _show(
         truth, runs, command=command, settings=settings, versions=versions, notes=remarks, averaged=not apart
     )
     if o.json:
-        write_text(o.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_text(o.json, as_json(report))
     listed = "\n".join(f"- {line}" for line in remarks)
     print(f"\n{text}\n{listed}")
     if o.markdown:

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from yolo_sos.core import OWN_MAP, AffineMap
 from yolo_sos.evaluate.calibration import LEAST_SCORE, Reliability
-from yolo_sos.files import finite
+from yolo_sos.files import as_json
 from yolo_sos.markdown import markdown_table
 
 FALL = 0.001  # of mAP50-95, or of a classifier's accuracy, that is allowed: rounding the weights to half moves it, too
@@ -138,7 +137,7 @@ class CalibrationReport:
 
     def to_json(self) -> str:
         """Return the report as JSON; what is not a number there is null."""
-        return json.dumps(finite(self.to_dict()), indent=2) + "\n"
+        return as_json(self.to_dict())
 
     def table(self) -> str:
         """Return the report as text, in Markdown."""

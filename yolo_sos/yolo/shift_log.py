@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from typing import Any
 from ultralytics.utils import plt_settings
 
 from yolo_sos.core import ShiftReport
-from yolo_sos.files import atomic_path, write_text
+from yolo_sos.files import as_csv, save_figure, write_text
 
 # Without "loss" and "metric" in their names: Ultralytics plots columns that have them into results.png.
 COLUMNS = ("squared_norm_ratio", "rank", "deviation", "heldout_before", "heldout_after", "t", "ms")
@@ -92,11 +91,7 @@ class ShiftLog:
                         "ms": sum(report.milliseconds.values()),
                     }
                 )
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(self.rows[-1]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_text(self.path, text.getvalue())
+        write_text(self.path, as_csv(self.rows))
 
     @plt_settings()
     def plot(self, path: Path, on_plot: Callable[[Path], None] | None = None) -> None:
@@ -115,8 +110,7 @@ class ShiftLog:
         if not shifts:
             return
         fig = _bars(*shifts.popitem()) if len(shifts) == 1 else _curves(shifts)
-        with atomic_path(path) as temporary:
-            fig.savefig(temporary, dpi=200)
+        save_figure(fig, path, dpi=200)
         plt.close(fig)
         if on_plot:
             on_plot(path)

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from yolo_sos.core import LayerReport, ShiftReport
-from yolo_sos.files import finite
+from yolo_sos.files import as_json
 from yolo_sos.yolo.score import headline
 
 HEADER = [
@@ -85,7 +84,7 @@ class CheckpointReport(ShiftReport):
 
     def to_json(self) -> str:
         """Return the report as JSON; what is not a number there is null."""
-        return json.dumps(finite(self.to_dict()), indent=2) + "\n"
+        return as_json(self.to_dict())
 
     def table(self) -> str:
         """Return the report as text: a row per layer, then the totals."""
