@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,16 +148,20 @@ class CheckpointCalibration(CheckpointJob):
         self, one2one: bool | None, layers: list[FinalLayer], seen: Pass | None
     ) -> tuple[BranchReport, dict[str, Tensor]]:
         """Fit, fold and judge one branch of the head; return its report, and its weights by layer name."""
-        args = {**self.data.args, "rect": True, **({} if one2one is None else branch_arguments(one2one))}
-        run = self.checkpoint.validator, args, self.model
-        seen = seen or record(run[0], {**args, "split": self.split}, self.model, (), self.count, self.seed)
+        branch_args = {} if one2one is None else branch_arguments(one2one)
+
+        def run(split: str, images: int | None, weights: Sequence[dict[str, Tensor]] = ()) -> Pass:
+            args = self.data.validation(split, **branch_args)
+            return record(self.checkpoint.validator, args, self.model, weights, images, self.seed)
+
+        seen = seen or run(self.split, self.count)
         task, truth = self.checkpoint.task, self.truths[self.split]
         fitted_on = evidence(seen, 0, truth, task, self.iou)
         mapping = fitted_on.fit(self.per_class)
         weights = {layer.name: self._folded(layer, mapping.scale, mapping.shift) for layer in layers}
         crossed = self.judge == self.split
-        images = self.count if crossed else None  # each half of those fitted on judges the map of the other
-        judged = record(run[0], {**args, "split": self.judge}, self.model, [weights], images, self.seed)
+        # Where it is one split, each half of the images that were fitted on judges the map of the other.
+        judged = run(self.judge, self.count if crossed else None, [weights])
         truth = self.truths[self.judge]
         before = evidence(judged, 0, truth, task, self.iou)
         after = evidence(judged, 1, truth, task, self.iou)

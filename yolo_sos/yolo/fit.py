@@ -217,16 +217,16 @@ class CheckpointFit(CheckpointJob):
         )
 
     def _scores(self, model: nn.Module) -> tuple[dict[str, float], dict[int, float]]:
-        return class_scores(self.checkpoint.validator, {**self.data.args, "split": "val", "rect": True}, model)
+        return class_scores(self.checkpoint.validator, self.data.validation("val"), model)
 
     def _old(self, model: nn.Module) -> dict[str, float]:
         """Return the metrics of the old classes on their own val split, with whatever classes the model has."""
-        args = {**self.old_data.args, "split": "val", "rect": True}
         content = {k: v for k, v in self.old_data.content.items() if k in ("train", "val", "kpt_shape", "flip_idx")}
         with TemporaryDirectory() as folder:
             path = Path(folder) / "old.yaml"
             YAML.save(path, {**content, "names": dict(model.names)})  # type: ignore[arg-type]
-            return class_scores(self.checkpoint.validator, {**args, "data": str(path)}, model)[0]
+            args = self.old_data.validation("val", data=str(path))
+            return class_scores(self.checkpoint.validator, args, model)[0]
 
     def _save(self, path: Path, model: nn.Module, note: dict[str, Any]) -> None:
         """Write a model as Ultralytics writes one at the end of a training, with a note in plain values."""

@@ -264,6 +264,10 @@ class CheckpointData:
         """Return random sets of the training images, see ``ImageSample``."""
         return ImageSample(self.dataset, self._validator.preprocess, self.batch, sizes, seed)
 
+    def validation(self, split: str, **more: Any) -> dict[str, Any]:
+        """Return Ultralytics' arguments for a validation on a split, as 'yolo val' has them, and more."""
+        return {**self.args, "rect": True, "split": split, **more}
+
     def has(self, split: str) -> bool:
         """Tell whether the data set names a split."""
         return bool(self.content.get(split))

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, ClassVar
 
+from torch import Tensor
 from ultralytics.utils import TQDM
 from ultralytics.utils.torch_utils import select_device
 
@@ -18,7 +19,6 @@ from yolo_sos.yolo.checkpoint import Checkpoint
 from yolo_sos.yolo.heads import YoloTask, layers_of_kinds
 from yolo_sos.yolo.images import CheckpointData, split_sizes
 from yolo_sos.yolo.recording import Pass, record
-from yolo_sos.yolo.score import score
 
 IMAGES = 512  # to fit on by default: several of each class in most data sets
 
@@ -137,22 +137,13 @@ class CheckpointJob:
         """Do the work and write its results."""
         raise NotImplementedError
 
-    def record(self, weights: Sequence[dict[str, Any]], split: str) -> Pass:
-        """Return the metrics of ``score``, with what the model finds as it is and with each set of weights."""
-        args = {**self.data.args, "split": split, "rect": True}  # rect as 'yolo val' has it
-        return record(self.checkpoint.validator, args, self.model, self._rounded(weights))
-
-    def score(self, weights: Sequence[dict[str, Any]], split: str) -> tuple[list[dict[str, float]], dict[str, float]]:
-        """Return Ultralytics' metrics on a split, of the model as it is and with each set of weights, and the time.
+    def score(self, weights: Sequence[dict[str, Tensor]], split: str, keep: bool = False) -> Pass:
+        """Validate on a split, as the model is and with each set of weights, see ``record``.
 
         Weights are rounded to half precision first, as a checkpoint holds them.
         """
-        args = {**self.data.args, "split": split, "rect": True}
-        return score(self.checkpoint.validator, args, self.model, self._rounded(weights))
-
-    @staticmethod
-    def _rounded(weights: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{name: w.half().to(w.dtype) for name, w in one.items()} for one in weights]
+        rounded = [{name: w.half().to(w.dtype) for name, w in one.items()} for one in weights]
+        return record(self.checkpoint.validator, self.data.validation(split), self.model, rounded, keep=keep)
 
 
 class ShiftJob(CheckpointJob):

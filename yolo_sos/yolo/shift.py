@@ -69,13 +69,12 @@ class CheckpointShift(ShiftJob):
         full = heldout.loss(shift.weights()) if shift.status == OK else math.nan
         step, before, after = engine.accept(shift, heldout, guard)
         weights = shift.weights(step)
-        metrics: list[dict[str, float]] = [{}, {}]
         seen: Pass | None = None
         engine.watch.lap("guard")
         if step > 0 and self.splits:
-            seen = self.record([weights], *self.splits) if self.calibrate else None
-            metrics = seen.metrics if seen else self.score([weights], *self.splits)[0]
+            seen = self.score([weights], *self.splits, keep=self.calibrate)
             engine.watch.lap("val")
+        metrics_before, metrics_after = seen.metrics if seen else ({}, {})
         output, json = self.outputs
         settings = {key: getattr(self.config, f"sos_{key}") for key in SHIFT_SETTINGS if rows or key != "solver"}
         sizes = {name: len(of) for name, of in self.images.sets.items() if of}
@@ -91,8 +90,8 @@ class CheckpointShift(ShiftJob):
             settings=settings,
             images=sizes,
             draws=draws,
-            metrics_before=metrics[0],
-            metrics_after=metrics[1],
+            metrics_before=metrics_before,
+            metrics_after=metrics_after,
         )
         if step == 0:
             LOGGER.warning(f"{PREFIX}{report.refusal()}")
@@ -109,7 +108,7 @@ class CheckpointShift(ShiftJob):
             report = report.as_written(str(output), saved, rounding)
             write_text(json, report.to_json())
         LOGGER.info(f"\n{report.table()}\n\n{PREFIX}wrote {output} and {json}")
-        if seen:
+        if self.calibrate and seen:
             self.calibration = CheckpointCalibration.after(self, seen.of(1))
         return report
 

@@ -63,10 +63,10 @@ def trace(
     seconds["algebra"] = time.perf_counter() - start
     metrics: list[dict[str, dict[str, float]]] = [{} for _ in figures]
     for split in splits:
-        found, spent = job.score([shift.weights() for shift in shifts], split)
-        for of_point, scores in zip(metrics, found, strict=True):
+        seen = job.score([shift.weights() for shift in shifts], split)
+        for of_point, scores in zip(metrics, seen.metrics, strict=True):
             of_point[split] = scores
-        seconds = {k: v + spent.get(k, 0.0) for k, v in seconds.items()}
+        seconds = {k: v + seen.seconds.get(k, 0.0) for k, v in seconds.items()}
     return [Point(*n, *f, metrics=m) for n, f, m in zip(names, figures, metrics, strict=True)], seconds
 
 
