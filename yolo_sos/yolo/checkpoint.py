@@ -21,6 +21,10 @@ from yolo_sos.core import FinalLayer, write_weights
 from yolo_sos.core.checks import invalid
 from yolo_sos.yolo.heads import final_layers
 
+# What a checkpoint holds under our key that was not trained with SOS: its training goes on without SOS. Plain values
+# only, since a class of ours would make it unreadable without yolo_sos.
+UNTRAINED = {"version": __version__, "settings": SOSConfig().to_dict()}
+
 
 class Checkpoint:
     """A trained checkpoint whose final layers can be rewritten; what is none is refused with the reason.
@@ -96,9 +100,7 @@ class Checkpoint:
         model = ckpt.get("ema") or ckpt["model"]
         model.half()
         write_weights(model, weights)
-        # Plain values only: a class of ours would make the checkpoint unreadable without yolo_sos. The settings are
-        # those of a training with SOS, which resumes by them; other checkpoints resume without SOS.
-        before = ckpt.get(CHECKPOINT_KEY) or {"version": __version__, "settings": SOSConfig.from_dict({}).to_dict()}
+        before = ckpt.get(CHECKPOINT_KEY) or UNTRAINED
         ckpt[CHECKPOINT_KEY] = {**before, key: [*before.get(key, []), {"version": __version__, **note}]}
         write_checkpoint(path, ckpt)
 

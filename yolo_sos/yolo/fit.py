@@ -15,16 +15,14 @@ from ultralytics import __version__ as ultralytics_version
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import DEFAULT_CFG_KEYS, LOGGER, YAML
 
-from yolo_sos import __version__
-from yolo_sos.config import CHECKPOINT_KEY, SOSConfig
-from yolo_sos.core import Engine, write_weights
+from yolo_sos.config import CHECKPOINT_KEY
+from yolo_sos.core import write_weights
 from yolo_sos.core.checks import boolean, number, optional
 from yolo_sos.files import atomic_path, write_text
 from yolo_sos.yolo.calibrate import CheckpointCalibration
 from yolo_sos.yolo.calibrate_report import CalibrationReport
-from yolo_sos.yolo.checkpoint import Checkpoint, write_checkpoint
+from yolo_sos.yolo.checkpoint import UNTRAINED, Checkpoint, write_checkpoint
 from yolo_sos.yolo.class_fit import LEAST, ClassFit, default_images, fit_classes, fit_sizes
-from yolo_sos.yolo.class_rows import ClassRows
 from yolo_sos.yolo.classes import append_classes, known_classes, listed, resized
 from yolo_sos.yolo.fit_report import CheckpointFitReport, class_records
 from yolo_sos.yolo.heads import YoloTask, head_of
@@ -118,6 +116,7 @@ class CheckpointFit(CheckpointJob):
         self.known = known_classes(self.data.names, self.checkpoint.model.names)  # type: ignore[arg-type]
         self.model = resized(self.checkpoint.model, self.data.names, self.seed).to(self.device)
         self.model.args = self.checkpoint.model.args
+        self.task = YoloTask(self.model)
 
     def _check_classes(self) -> None:
         names, checkpoint = self.data.names, self.checkpoint
@@ -189,16 +188,13 @@ class CheckpointFit(CheckpointJob):
         write_weights(self.model, fit.weights)
         note = {"images": report.images, "settings": report.settings, "ridges": [x.ridge for x in report.layers]}
         self._save(path, self.model, note)
-        model, _ = load_checkpoint(path, device=self.device)
-        task = YoloTask(model, self.model.init_criterion())  # type: ignore[operator]
-        engine = Engine(model, ClassRows(model, task, self.seed).layers, task)
-        after = engine.hold_out(self.images.batches("heldout")).before
-        if not after < report.heldout_before:
+        written = self.read_back(path)
+        if not written.before < report.heldout_before:
             raise ValueError(
-                f"Rounded to half precision, the model has a held-out loss of {after:.5g}, not below the "
+                f"Rounded to half precision, the model has a held-out loss of {written.before:.5g}, not below the "
                 f"{report.heldout_before:.5g} before the fit. Nothing was written."
             )
-        metrics, scores = self._scores(model) if self.splits else ({}, {})
+        metrics, scores = self._scores(written.model) if self.splits else ({}, {})
         classes = class_records(self.data.names, self.known, self.data.shown, fit.shown, scores_before, scores)
         old: list[dict[str, float]] = [{}, {}]
         if self.add:
@@ -208,7 +204,7 @@ class CheckpointFit(CheckpointJob):
                 old = [self._old(m) for m in (self.checkpoint.model, load_checkpoint(path, device=self.device)[0])]
         return replace(  # type: ignore[call-arg]
             report,
-            heldout_after=after,
+            heldout_after=written.before,
             classes=classes,
             metrics_before=before,
             metrics_after=metrics,
@@ -239,11 +235,7 @@ class CheckpointFit(CheckpointJob):
             **{"scaler": None, "train_args": {**args, **own, "resume": False}, "train_metrics": {}},
             **{"train_results": {}, "date": datetime.now().astimezone().isoformat(), "version": ultralytics_version},
             **{"license": "AGPL-3.0 (https://ultralytics.com/license)", "docs": "https://docs.ultralytics.com"},
-            # The settings are those of a training with SOS; this checkpoint trains on without it.
-            CHECKPOINT_KEY: {
-                **{"version": __version__, "settings": SOSConfig.from_dict({}).to_dict()},
-                "fit": note,
-            },
+            CHECKPOINT_KEY: {**UNTRAINED, "fit": note},
         }
         write_checkpoint(path, ckpt)
 

@@ -9,6 +9,7 @@ from tempfile import TemporaryFile
 from typing import Any, ClassVar
 
 from torch import Tensor
+from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import TQDM
 from ultralytics.utils.torch_utils import select_device
 
@@ -136,6 +137,12 @@ class CheckpointJob:
     def run(self) -> Any:
         """Do the work and write its results."""
         raise NotImplementedError
+
+    def read_back(self, path: Path) -> HeldOut:
+        """Read a checkpoint that was written as Ultralytics does, and return its loss on the held-out images."""
+        model, _ = load_checkpoint(path, device=self.device)
+        task = YoloTask(model, self.task.criterion)
+        return Engine(model, task.layers, task).hold_out(self.images.batches("heldout"))
 
     def score(self, weights: Sequence[dict[str, Tensor]], split: str, keep: bool = False) -> Pass:
         """Validate on a split, as the model is and with each set of weights, see ``record``.
