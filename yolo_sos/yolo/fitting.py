@@ -53,9 +53,7 @@ class Fitting(TrainerExtension):
     def _setup_train(self) -> None:
         """Set up as Ultralytics does, unless the settings exclude each other."""
         if self.sos.fit_head:
-            for key, given in ("distill_model", self.args.distill_model), ("quantize=8", self.args.quantize == 8):
-                if given:
-                    raise ValueError(f"fit_head=true does not work together with {key}. Leave out one of them.")
+            self.refuse_beside("fit_head=true")
         super()._setup_train()
         if self.sos.fit_head and not self.start_epoch and RANK in {-1, 0}:
             fit_sizes(len(self.train_loader.dataset), None)

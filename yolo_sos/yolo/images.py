@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import torch
 from ultralytics.data.utils import check_class_names, check_cls_dataset, check_det_dataset
-from ultralytics.utils import LOGGER, NUM_THREADS
+from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
 
 from yolo_sos.builtin import resolve_data
 from yolo_sos.data.images import check_complete
@@ -112,6 +112,13 @@ def preserve_rng() -> Iterator[None]:
         np.random.set_state(states[1])
 
 
+def counted(batches: Iterable[dict[str, Any]], bar: TQDM) -> Iterator[dict[str, Any]]:
+    """Yield batches, and count their images in a progress bar when they have been used."""
+    for batch in batches:
+        yield batch
+        bar.update(len(batch["img"]))
+
+
 class ImageSample:
     """Disjoint random sets of a data set's images, loaded in preprocessed batches.
 
@@ -147,7 +154,7 @@ class ImageSample:
         left = iter(draw(len(dataset), labels, seed) if order is None else order)
         self.sets = {name: [next(left) for _ in range(size)] for name, size in sizes.items()}
         self._spare = left  # in place of images that cannot be read
-        self._loaded: dict[str, list[dict[str, Any]]] = {}
+        self._loaded: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         # Classification data sets have no collate_fn of their own.
         self._collate = getattr(dataset, "collate_fn", None) or torch.utils.data.default_collate
 
@@ -162,14 +169,14 @@ class ImageSample:
         Raises:
             OSError: If none of the images can be read.
         """
-        loaded = self._loaded.get(which) or self._load(self.sets[which][:images], batch or self.batch)
+        asked = which, images, batch
         kept = []
-        for of in loaded:
+        for of in self._loaded.get(asked) or self._load(self.sets[which][:images], batch or self.batch):
             if self._keep:
                 kept.append(of)
             yield self._preprocess(dict(of))
         if self._keep:
-            self._loaded[which] = kept
+            self._loaded[asked] = kept
 
     def _load(self, indices: list[int], size: int) -> Iterator[dict[str, Any]]:
         read = 0

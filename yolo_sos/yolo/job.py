@@ -18,7 +18,7 @@ from yolo_sos.core import Engine, FinalLayer, HeldOut, Method, Moments, as_float
 from yolo_sos.core.checks import at_least, boolean, number, optional
 from yolo_sos.yolo.checkpoint import Checkpoint
 from yolo_sos.yolo.heads import YoloTask, layers_of_kinds
-from yolo_sos.yolo.images import CheckpointData, split_sizes
+from yolo_sos.yolo.images import CheckpointData, counted, split_sizes
 from yolo_sos.yolo.recording import Pass, record
 
 IMAGES = 512  # to fit on by default: several of each class in most data sets
@@ -199,13 +199,7 @@ class ShiftJob(CheckpointJob):
         """Return an engine that has seen the images to fit on, each once."""
         engine = Engine(self.model, self.layers, self.task, trials)
         with TQDM(total=len(self.images.sets["fit"]), desc="fit images", unit="img") as bar:
-
-            def counted():
-                for batch in self.images.batches("fit"):
-                    yield batch
-                    bar.update(len(batch["img"]))
-
-            engine.fit(counted())
+            engine.fit(counted(self.images.batches("fit"), bar))
         return engine
 
 

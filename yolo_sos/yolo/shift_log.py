@@ -15,8 +15,11 @@ from ultralytics.utils import plt_settings
 from yolo_sos.core import ShiftReport
 from yolo_sos.files import as_csv, save_figure, write_text
 
-# Without "loss" and "metric" in their names: Ultralytics plots columns that have them into results.png.
-COLUMNS = ("squared_norm_ratio", "rank", "deviation", "heldout_before", "heldout_after", "t", "ms")
+# Column → what it shows of a report. Ultralytics plots columns with "loss" or "metric" in their names into results.png.
+COLUMNS = {
+    **{f"sos/{name}": name for name in ("squared_norm_ratio", "rank", "deviation", "heldout_before", "heldout_after")},
+    "sos/t": "step",
+}
 
 
 def columns(reports: dict[str, ShiftReport]) -> dict[str, float]:
@@ -32,18 +35,9 @@ def columns(reports: dict[str, ShiftReport]) -> dict[str, float]:
             models together.
     """
     if not reports:
-        return {f"sos/{name}": float("nan") for name in COLUMNS}
-    report = reports["ema"]
+        return dict.fromkeys((*COLUMNS, "sos/ms"), math.nan)
     milliseconds = sum(sum(r.milliseconds.values()) for r in reports.values())
-    values = (
-        report.squared_norm_ratio,
-        report.rank,
-        report.deviation,
-        report.heldout_before,
-        report.heldout_after,
-        report.step,
-    )
-    return {f"sos/{name}": float(value) for name, value in zip(COLUMNS, (*values, milliseconds), strict=True)}
+    return {**{c: float(getattr(reports["ema"], name)) for c, name in COLUMNS.items()}, "sos/ms": milliseconds}
 
 
 def log_line(reports: dict[str, ShiftReport]) -> str:

@@ -10,10 +10,7 @@ from yolo_sos.core import LayerReport, ShiftReport
 from yolo_sos.files import as_json
 from yolo_sos.yolo.score import headline
 
-HEADER = [
-    *("layer", "kind", "d", "rows", "rank", "‖V‖ before", "after"),
-    *("deviation: fit", "held-out", "rounding", "ms"),
-]
+HEADER = "layer", "kind", "d", "rows", "rank", "‖V‖ before", "after", "deviation: fit", "held-out", "rounding", "ms"
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ class CheckpointReport(ShiftReport):
             + [f"{r.milliseconds:.1f}"]
             for r in self.layers
         ]
-        lines = aligned([HEADER, *rows], left=2)
+        lines = aligned([[*HEADER], *rows], left=2)
         loss, change = self.heldout_after, self.heldout_after / self.heldout_before - 1
         lines += [
             "",

@@ -43,10 +43,7 @@ class Shifting(TrainerExtension):
         """Build the model as Ultralytics does, and refuse it right away if it has no final linear layer."""
         ckpt = super().setup_model()
         if self.sos.sos:
-            if self.args.distill_model is not None:
-                raise ValueError("sos=true does not work together with distill_model. Leave out one of them.")
-            if self.args.quantize == 8:  # its layers compute with rounded copies of the weights that are written
-                raise ValueError("sos=true does not work together with quantize=8. Leave out one of them.")
+            self.refuse_beside("sos=true")
             layers_of_kinds(final_layers(unwrap_model(self.model)), self.sos.kinds)
         return ckpt
 

@@ -18,10 +18,10 @@ from yolo_sos.files import as_csv, save_figure
 from yolo_sos.markdown import markdown_table
 from yolo_sos.yolo.score import headline
 
-GUARD = SOSConfig().to_dict()[
-    "sos_guard"
-]  # largest relative rise of the held-out loss that a recommended setting may have
-LOSS_OF_METRIC = 0.001  # and its largest loss of mAP50-95: a tenth of a point, below which tables show no difference
+# Of a recommended setting: the largest relative rise of the held-out loss, and the largest loss of mAP50-95, a tenth of
+# a point, below which tables show no difference.
+GUARD: float = SOSConfig().sos_guard  # type: ignore[assignment]
+LOSS_OF_METRIC = 0.001
 # As for a shift whose strength is found: below half of d, and above a budget of 0.1, mAP falls before held-out loss or
 # a small val split tell. On BCCD, principal at a quarter of d lost .0003 on val and .0035 on test.
 LEAST_RANK, LARGEST_BUDGET = 0.5, 0.1

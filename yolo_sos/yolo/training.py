@@ -37,13 +37,7 @@ PREFIX = colorstr("SOS: ")
 # An event that nothing runs. Besides args and weights, callbacks are the one thing that Ultralytics hands to the
 # workers of a distributed run, and args refuse keys that are not Ultralytics'.
 CARRIER = "sos_settings"
-OUTPUTS = (
-    "sos.yaml",
-    "sos.csv",
-    "sos.png",
-    "fit.json",
-    "analyze.png",
-)  # of a run; those of an earlier one in its folder go
+OUTPUTS = ("sos.yaml", "sos.csv", "sos.png", "fit.json", "analyze.png")  # of a run; an earlier one's in its folder go
 TESTED = ("8.4.150", "8.4.190")  # the releases of Ultralytics that the test suite has passed with
 
 
@@ -77,13 +71,12 @@ class TrainerExtension(BaseTrainer):
         cfg, overrides = dict(cfg2dict(cfg)), dict(overrides or {})
         asked = {k: d.pop(k) for d in (cfg, overrides) for k in list(d) if is_sos_key(k)}
         self._asked = tuple(asked)
-        carried = (_callbacks or {}).get(CARRIER)
-        resumed = overrides.get("resume") or cfg.get("resume")
-        self.sos = (
-            SOSConfig.from_dict(carried[0] if carried else asked)
-            if carried or resumed
-            else SOSConfig.of_training(asked)
-        )
+        if carried := (_callbacks or {}).get(CARRIER):
+            self.sos = SOSConfig.from_dict(carried[0])
+        elif overrides.get("resume") or cfg.get("resume"):
+            self.sos = SOSConfig.from_dict(asked)
+        else:
+            self.sos = SOSConfig.of_training(asked)
         for key, resolve in (("data", resolve_data), ("model", resolve_model)):
             if key in overrides:
                 overrides[key] = resolve(overrides[key])
@@ -129,6 +122,13 @@ class TrainerExtension(BaseTrainer):
             if not self.sos.stock and self.start_epoch:
                 self._drop_later_results()
             self.metrics.update(self.extra_columns())
+
+    def refuse_beside(self, setting: str) -> None:
+        """Raise a ``ValueError`` where Ultralytics trains with what a setting of ours that writes weights breaks."""
+        # A distillation wraps the model; quantized layers compute with rounded copies of the weights that are written.
+        for key, given in ("distill_model", self.args.distill_model), ("quantize=8", self.args.quantize == 8):
+            if given:
+                raise ValueError(f"{setting} does not work together with {key}. Leave out one of them.")
 
     def _drop_later_results(self) -> None:
         """Drop the lines of results.csv after the epoch of the checkpoint: Ultralytics writes them before it saves."""
