@@ -20,6 +20,7 @@ from yolo_sos.files import atomic_path, write_text
 from yolo_sos.yolo.calibrate_report import BranchReport, CalibrationReport
 from yolo_sos.yolo.classes import class_layers
 from yolo_sos.yolo.evidence import evidence
+from yolo_sos.yolo.heads import CLASS_KINDS
 from yolo_sos.yolo.job import CheckpointJob, check_free
 from yolo_sos.yolo.recording import Pass, branch_arguments, read_truth, record
 from yolo_sos.yolo.training import PREFIX
@@ -65,7 +66,7 @@ class CheckpointCalibration(CheckpointJob):
         super().__init__(
             model,
             data,
-            kinds=("cls", "linear"),
+            kinds=CLASS_KINDS,
             sizes=lambda available: {},
             imgsz=imgsz,
             batch=batch,

@@ -97,7 +97,7 @@ def fit_classes(
         progress (bool): Whether to show a bar.
     """
     task = YoloTask(model)
-    rows = ClassRows(model, task, seed)
+    rows = ClassRows(task, seed)
     engine = Engine(model, rows.layers, task)
     starts = priors(model, known)
     total = sum(len(images.sets[name]) for name in ("fit", "selection"))

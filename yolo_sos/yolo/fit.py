@@ -25,7 +25,7 @@ from yolo_sos.yolo.checkpoint import UNTRAINED, Checkpoint, write_checkpoint
 from yolo_sos.yolo.class_fit import LEAST, ClassFit, default_images, fit_classes, fit_sizes
 from yolo_sos.yolo.classes import append_classes, known_classes, listed, resized
 from yolo_sos.yolo.fit_report import CheckpointFitReport, class_records
-from yolo_sos.yolo.heads import YoloTask, head_of
+from yolo_sos.yolo.heads import CLASS_KINDS, YoloTask, head_of
 from yolo_sos.yolo.images import CheckpointData, ImageSample, covering_order, object_classes
 from yolo_sos.yolo.job import CheckpointJob
 from yolo_sos.yolo.score import class_scores
@@ -103,7 +103,7 @@ class CheckpointFit(CheckpointJob):
         def sizes(available: int) -> dict[str, int]:
             return fit_sizes(available, None if images == "all" else images or default_images(len(self.data.names)))  # type: ignore[arg-type]
 
-        super().__init__(model, data, kinds=("cls", "linear"), sizes=sizes, **options)
+        super().__init__(model, data, kinds=CLASS_KINDS, sizes=sizes, **options)
         if self.calibrate:
             CheckpointCalibration.check_after(self, options.get("exist_ok", False))
         self._check_classes()
