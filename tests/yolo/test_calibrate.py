@@ -22,6 +22,7 @@ from ultralytics.utils import nms
 
 from yolo_sos import cli
 from yolo_sos.cli import calibrate as command
+from yolo_sos.cli.grammar import run_arguments
 from yolo_sos.core import affine_matrix, fit_logistic, fold
 from yolo_sos.core.calibration import AffineMap
 from yolo_sos.evaluate.boxes import Detections
@@ -30,6 +31,7 @@ from yolo_sos.yolo import Checkpoint, CheckpointCalibration, calibrate_checkpoin
 from yolo_sos.yolo.calibrate_report import BranchReport
 from yolo_sos.yolo.classes import class_layers, in_order
 from yolo_sos.yolo.evidence import DetectorEvidence, logit
+from yolo_sos.yolo.job import CheckpointJob
 from yolo_sos.yolo.recording import branch_arguments, matches_of, read_truth, record
 
 NAMES = {"best.pt", "best-calibrated.pt", "best-calibrated.json", "best-reliability.png"}
@@ -485,8 +487,9 @@ def test_bad_input_exits_with_2(weights, contents, capsys, args, message):
 
 
 def test_the_keys_are_those_of_the_job():
-    options = signature(CheckpointCalibration.__init__).parameters
-    assert [a.name for a in command.OWN] == [name for name in options if name != "self"]
+    jobs = [signature(of.__init__).parameters for of in (CheckpointJob, CheckpointCalibration)]
+    options = {**jobs[1], **{a.name: jobs[0][a.name] for a in run_arguments("")}}
+    assert {a.name for a in command.OWN} == options.keys() - {"self", "options"}
     assert all(a.default == options[a.name].default for a in command.OWN if a.name != "model")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ultralytics.utils import LOGGER
 
 from yolo_sos.core import FinalLayer, affine_matrix, fold
-from yolo_sos.core.checks import boolean, choice, invalid, number
+from yolo_sos.core.checks import boolean, choice, number, up_to_1
 from yolo_sos.evaluate.boxes import GroundTruth
 from yolo_sos.evaluate.calibration import LEAST_SCORE
 from yolo_sos.evaluate.plot import plot_reliability
@@ -46,35 +46,17 @@ class CheckpointCalibration(CheckpointJob):
         iou: float | str = 0.5,
         precision: float = 0.9,
         images: int | str = "all",
-        imgsz: int | None = None,
-        batch: int | None = None,
-        device: str | int | None = None,
-        seed: int = 0,
-        exist_ok: bool = False,
+        **options: Any,
     ):
         """Check the options, then everything else as ``CheckpointJob``."""
         self.per_class = boolean("per_class", per_class)
         self.split = choice("val", "train")("split", split)
-        valid = iou == "soft" or (type(iou) in (int, float) and 0 < iou <= 1)  # type: ignore[operator]
-        if not valid:
-            raise invalid("iou", iou, "a number above 0 and up to 1, or soft")
-        self.iou = iou
-        self.precision = number("a number above 0 and up to 1", lambda x: 0 < x <= 1)("precision", precision)
-        if images != "all":
-            number("an integer of at least 2, or all", lambda x: x >= 2, integer=True)("images", images)
-        self.count = images if isinstance(images, int) else None
-        super().__init__(
-            model,
-            data,
-            kinds=CLASS_KINDS,
-            sizes=lambda available: {},
-            imgsz=imgsz,
-            batch=batch,
-            device=device,
-            seed=seed,
-            val=False,
-            exist_ok=exist_ok,
-        )
+        valid_iou = number("a number above 0 and up to 1, or soft", lambda x: 0 < x <= 1)
+        self.iou = iou if iou == "soft" else valid_iou("iou", iou)
+        self.precision = up_to_1("precision", precision)
+        valid_images = number("an integer of at least 2, or all", lambda x: x >= 2, integer=True)
+        self.count: int | None = None if images == "all" else valid_images("images", images)
+        super().__init__(model, data, kinds=CLASS_KINDS, sizes=lambda available: {}, val=False, **options)
         self.classes = [str(name) for name in self.model.names.values()]  # type: ignore[operator, union-attr]
         self.truths = {self.split: self._truth(self.split)}
         self.judge = self._judge()

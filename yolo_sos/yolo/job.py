@@ -49,11 +49,6 @@ def shift_settings(settings: dict[str, Any]) -> tuple[SOSConfig, int | None]:
     return config, config.sos_images
 
 
-def check_integer(name: str, value: Any, least: int) -> None:
-    """Raise a ``ValueError`` that names the key unless the value is None or an integer of at least ``least``."""
-    optional(at_least(least))(name, value)
-
-
 def check_free(paths: Sequence[Path], exist_ok: bool) -> None:
     """Raise before any long work if a result could not be written.
 
@@ -118,8 +113,7 @@ class CheckpointJob:
         exist_ok: bool = False,
     ):
         """Check the options, the checkpoint, its folder and the data, in this order."""
-        for name, count, least in (("imgsz", imgsz, 32), ("batch", batch, 1)):
-            check_integer(name, count, least)
+        imgsz, batch = optional(at_least(32))("imgsz", imgsz), optional(at_least(1))("batch", batch)
         # As many as NumPy takes, which Ultralytics' trainers seed with theirs
         seeds = number("an integer of at least 0 and below 2^32", lambda x: 0 <= x < 2**32, integer=True)
         self.seed = seeds("seed", seed)
@@ -179,8 +173,7 @@ class ShiftJob(CheckpointJob):
     ):
         """Check the settings of the shift, then everything else as ``CheckpointJob``."""
         self.config, images = shift_settings(settings)
-        check_integer("draws", draws, 1)
-        self.draws = draws or self.draws
+        self.draws = optional(at_least(1))("draws", draws) or self.draws
         several = self.config.sos_method == "rows" and self.draws > 1
         super().__init__(
             model,
