@@ -58,7 +58,7 @@ class CheckpointCalibration(CheckpointJob):
         self.count: int | None = None if images == "all" else valid_images("images", images)
         super().__init__(model, data, kinds=CLASS_KINDS, sizes=lambda available: {}, val=False, **options)
         self.classes = [str(name) for name in self.model.names.values()]  # type: ignore[operator, union-attr]
-        self.truths = {self.split: self._truth(self.split)}
+        self.truths = {self.split: _truth_of(self, self.split)}
         self.judge = self._judge()
 
     @classmethod
@@ -66,13 +66,14 @@ class CheckpointCalibration(CheckpointJob):
         """Raise unless ``after`` can calibrate the checkpoint that another job is to write, the first of its outputs.
 
         Raises:
-            ValueError: If the job leaves out the val split.
+            ValueError: If the job leaves out the val split, or this has no objects to calibrate on.
             FileExistsError: If a result of the calibration exists already and may not be replaced.
         """
         if not job.splits:
             raise ValueError("calibrate=true is fitted on what val=true finds in the val split: leave val on.")
         path = job.outputs[0]
         check_free([path.with_name(name.format(path.stem)) for name in cls.names], exist_ok)
+        _truth_of(job, "val")
 
     @classmethod
     def after(cls, job: CheckpointJob, seen: Pass | None = None) -> CalibrationReport:
@@ -163,12 +164,8 @@ class CheckpointCalibration(CheckpointJob):
             metrics_after=judged.metrics[1],
             thresholds_before=before.thresholds(self.precision),
             thresholds_after=after.thresholds(self.precision),
-            detections=(),
+            detections=() if truth is None else _detections(judged),
         )
-        if truth is not None:
-            counts = [[len(rows) for _, rows in records] for records in judged.records]
-            full = [sum(n >= judged.max_det for n in of) for of in counts]
-            branch = replace(branch, detections=(sum(counts[0]), sum(counts[1]), full[0], full[1]))
         return branch, weights
 
     def _folded(self, layer: FinalLayer, scale: Tensor, shift: Tensor) -> Tensor:
@@ -181,31 +178,38 @@ class CheckpointCalibration(CheckpointJob):
             raise ValueError(f"{layer.name}: half precision cannot hold its calibrated weights.")
         return rounded.to(weight.dtype)
 
-    def _truth(self, split: str) -> GroundTruth | None:
-        """Open a split, and return its objects; None for a classifier.
-
-        Raises:
-            ValueError: If there is no object in it.
-        """
-        self.data.check(split)
-        if self.checkpoint.task == "classify":
-            return None
-        truth = read_truth(self.data.args, split)
-        if not truth.positives().any():
-            raise ValueError(f"{self.data.args['data']}, split '{split}': no image has an object to calibrate on.")
-        return truth
-
     def _judge(self) -> str:
         """Return the split to judge on: test if there is one with objects, else val."""
         if self.data.has("test"):
             try:
-                self.truths["test"] = self._truth("test")
+                self.truths["test"] = _truth_of(self, "test")
                 return "test"
             except (OSError, ValueError) as e:  # images or labels that are not published
                 LOGGER.warning(f"{PREFIX}the test split cannot be judged on, val takes its place: {e}")
         if self.split != "val":
-            self.truths["val"] = self._truth("val")
+            self.truths["val"] = _truth_of(self, "val")
         return "val"
+
+
+def _detections(judged: Pass) -> tuple[int, ...]:
+    """Return ``BranchReport.detections``."""
+    counts = [[len(rows) for _, rows in records] for records in judged.records]
+    return *map(sum, counts), *(sum(n >= judged.max_det for n in of) for of in counts)
+
+
+def _truth_of(job: CheckpointJob, split: str) -> GroundTruth | None:
+    """Open a split of a job's data, and return its objects; None for a classifier.
+
+    Raises:
+        ValueError: If there is no object in it, or the annotations do not fit the data set.
+    """
+    job.data.check(split)
+    if job.checkpoint.task == "classify":
+        return None
+    truth = read_truth(job.data.args, split)
+    if not truth.positives().any():
+        raise ValueError(f"{job.data.args['data']}, split '{split}': no image has an object to calibrate on.")
+    return truth
 
 
 def calibrate_checkpoint(model: str | Path, data: str | Path | None = None, **options: Any) -> CalibrationReport:
