@@ -23,8 +23,9 @@ from yolo_sos.core.solvers import NON_FINITE, unchanged
 from yolo_sos.yolo import CheckpointShift, shift_checkpoint
 from yolo_sos.yolo import shift as shift_module
 from yolo_sos.yolo.checkpoint import Checkpoint
+from yolo_sos.yolo.checkpoint_data import CheckpointData
 from yolo_sos.yolo.heads import YoloTask, final_layers
-from yolo_sos.yolo.images import CheckpointData, split_sizes
+from yolo_sos.yolo.images import split_sizes
 
 ALL = {"images": "all", "guard": None}
 

@@ -27,8 +27,8 @@ from yolo_sos.arguments import several
 from yolo_sos.core import Engine, Method, as_float64, weight_matrix
 from yolo_sos.versions import versions
 from yolo_sos.yolo.checkpoint import Checkpoint
+from yolo_sos.yolo.checkpoint_data import CheckpointData
 from yolo_sos.yolo.heads import CLASS_KINDS, YoloTask, layers_of_kinds
-from yolo_sos.yolo.images import CheckpointData
 from yolo_sos.yolo.memory import with_fewer
 
 PREFIX = colorstr("analyze: ")

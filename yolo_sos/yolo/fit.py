@@ -22,11 +22,12 @@ from yolo_sos.files import atomic_path, write_text
 from yolo_sos.yolo.calibrate import CheckpointCalibration
 from yolo_sos.yolo.calibrate_report import CalibrationReport
 from yolo_sos.yolo.checkpoint import UNTRAINED, Checkpoint, write_checkpoint
+from yolo_sos.yolo.checkpoint_data import CheckpointData
 from yolo_sos.yolo.class_fit import LEAST, ClassFit, default_images, fit_classes, fit_sizes
 from yolo_sos.yolo.classes import append_classes, known_classes, listed, resized
 from yolo_sos.yolo.fit_report import CheckpointFitReport, class_records
 from yolo_sos.yolo.heads import CLASS_KINDS, YoloTask, head_of
-from yolo_sos.yolo.images import CheckpointData, ImageSample, covering_order, object_classes
+from yolo_sos.yolo.images import ImageSample, covering_order, object_classes
 from yolo_sos.yolo.job import CheckpointJob
 from yolo_sos.yolo.score import class_scores
 from yolo_sos.yolo.training import PREFIX

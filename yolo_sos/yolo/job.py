@@ -17,8 +17,9 @@ from yolo_sos.config import SHIFT_SETTINGS, SOSConfig
 from yolo_sos.core import Engine, FinalLayer, HeldOut, Method, Moments, as_float64, input_rows, weight_matrix
 from yolo_sos.core.checks import at_least, boolean, number, optional
 from yolo_sos.yolo.checkpoint import Checkpoint
+from yolo_sos.yolo.checkpoint_data import CheckpointData
 from yolo_sos.yolo.heads import YoloTask, layers_of_kinds
-from yolo_sos.yolo.images import CheckpointData, counted, split_sizes
+from yolo_sos.yolo.images import counted, split_sizes
 from yolo_sos.yolo.recording import Pass, record
 
 IMAGES = 512  # to fit on by default: several of each class in most data sets

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ class CheckpointShift(ShiftJob):
                     f"{before:.5g} before the shift by more than sos_guard={guard:g}. Nothing was written."
                 )
             engine.watch.lap("write")
-            report = report.as_written(str(output), written.before, rounding)
+            layers = tuple(replace(layer, rounding=rounding[layer.name]) for layer in report.layers)
+            report = replace(report, layers=layers, heldout_after=written.before, output=str(output))  # type: ignore[call-arg]
             write_text(record, report.to_json())
         LOGGER.info(f"\n{report.table()}\n\n{PREFIX}wrote {output} and {record}")
         if self.calibrate and seen:

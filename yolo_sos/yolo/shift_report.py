@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from yolo_sos.core import LayerReport, ShiftReport
@@ -68,11 +68,6 @@ class CheckpointReport(ShiftReport):
     def rounding(self) -> float:
         """Mean deviation by rounding over the layers."""
         return sum(r.rounding for r in self.layers) / len(self.layers)
-
-    def as_written(self, output: str, heldout_after: float, rounding: dict[str, float]) -> CheckpointReport:
-        """Return the report of the file ``output``: its held-out loss, and layer name → deviation by rounding."""
-        layers = tuple(replace(layer, rounding=rounding[layer.name]) for layer in self.layers)
-        return replace(self, layers=layers, heldout_after=heldout_after, output=output)  # type: ignore[call-arg]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
