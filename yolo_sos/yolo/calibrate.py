@@ -180,7 +180,7 @@ class CheckpointCalibration(CheckpointJob):
 
     def _judge(self) -> str:
         """Return the split to judge on: test if there is one with objects, else val."""
-        if self.data.has("test"):
+        if self.data.content.get("test"):
             try:
                 self.truths["test"] = _truth_of(self, "test")
                 return "test"
@@ -203,7 +203,7 @@ def _truth_of(job: CheckpointJob, split: str) -> GroundTruth | None:
     Raises:
         ValueError: If there is no object in it, or the annotations do not fit the data set.
     """
-    job.data.check(split)
+    job.data.open(split)
     if job.checkpoint.task == "classify":
         return None
     truth = read_truth(job.data.args, split)

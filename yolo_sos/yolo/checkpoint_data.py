@@ -66,15 +66,16 @@ class CheckpointData:
             "verbose": False,
             "mode": "val",
         }
-        self.content = self._read(checkpoint)
+        self.content = self._read(checkpoint.task)
+        self.check_classes(checkpoint)
         with TemporaryDirectory() as folder:  # a validator makes a folder for its results as soon as it exists
             self._validator = checkpoint.validator(args=self.args, save_dir=Path(folder))
         self._validator.device, self._validator.data = device, self.content
         self._validator.names = checkpoint.model.names
         self._validator.stride = max(int(checkpoint.model.stride.max()), 32)  # type: ignore[operator, union-attr]
-        self.dataset = self._open("train")
+        self.dataset = self.open("train")
         for split in splits:
-            self._open(split)
+            self.open(split)
 
     def sample(self, sizes: dict[str, int], seed: int) -> ImageSample:
         """Return random sets of the training images, see ``ImageSample``."""
@@ -83,14 +84,6 @@ class CheckpointData:
     def validation(self, split: str, **more: Any) -> dict[str, Any]:
         """Return Ultralytics' arguments for a validation on a split, as 'yolo val' has them, and more."""
         return {**self.args, "rect": True, "split": split, **more}
-
-    def has(self, split: str) -> bool:
-        """Tell whether the data set names a split."""
-        return bool(self.content.get(split))
-
-    def check(self, split: str) -> None:
-        """Raise what opening a split raises, see the class."""
-        self._open(split)
 
     def check_classes(self, checkpoint: Checkpoint) -> None:
         """Raise a ``ValueError`` if a checkpoint has other classes than the data set."""
@@ -103,23 +96,25 @@ class CheckpointData:
                 "that the model was trained on."
             )
 
-    def _read(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Return the data set as Ultralytics describes it, after comparing its classes with the model's."""
+    def _read(self, task: str) -> dict[str, Any]:
+        """Return the data set as Ultralytics describes it."""
         name = self.args["data"]
-        if checkpoint.task == "classify":
+        if task == "classify":
             if Path(name).is_absolute() and not Path(name).is_dir():  # Ultralytics would try to download it
                 raise FileNotFoundError(f"{name}: there is no such folder of images.")
-            self.content = check_cls_dataset(name)
-        else:
-            try:
-                self.content = check_det_dataset(name)
-            except KeyError as e:  # how Ultralytics says that the numbers of the classes have gaps
-                raise ValueError(f"{name}: {e.args[0]}") from e
-        self.check_classes(checkpoint)
-        return self.content
+            return check_cls_dataset(name)
+        try:
+            return check_det_dataset(name)
+        except KeyError as e:  # how Ultralytics says that the numbers of the classes have gaps
+            raise ValueError(f"{name}: {e.args[0]}") from e
 
-    def _open(self, split: str) -> Any:
-        """Return a split as Ultralytics reads it; images that it leaves out are an error."""
+    def open(self, split: str) -> Any:
+        """Return a split as Ultralytics reads it; images that it leaves out are an error.
+
+        Raises:
+            FileNotFoundError: If there is no such split, or it has no images.
+            ValueError: If images cannot be read.
+        """
         path = self.content.get(split)
         if not path:
             raise FileNotFoundError(f"{self.args['data']} has no '{split}' split.")
