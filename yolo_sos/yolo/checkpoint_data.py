@@ -14,7 +14,7 @@ from ultralytics.data.utils import check_class_names, check_cls_dataset, check_d
 from yolo_sos.builtin import resolve_data
 from yolo_sos.data.images import check_complete
 from yolo_sos.yolo.checkpoint import Checkpoint
-from yolo_sos.yolo.images import ImageSample
+from yolo_sos.yolo.images import ImageSample, draw
 
 
 class CheckpointData:
@@ -79,7 +79,11 @@ class CheckpointData:
 
     def sample(self, sizes: dict[str, int], seed: int) -> ImageSample:
         """Return random sets of the training images, see ``ImageSample``."""
-        return ImageSample(self.dataset, self._validator.preprocess, self.batch, sizes, seed)
+        return ImageSample(self.dataset, self._validator.preprocess, self.batch, sizes, self.order(seed))
+
+    def order(self, seed: int) -> list[int]:
+        """Return the positions of the training images in the order in which a sample takes them: a random one."""
+        return draw(len(self.dataset), None, seed)
 
     def validation(self, split: str, **more: Any) -> dict[str, Any]:
         """Return Ultralytics' arguments for a validation on a split, as 'yolo val' has them, and more."""

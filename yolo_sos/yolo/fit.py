@@ -27,7 +27,7 @@ from yolo_sos.yolo.class_fit import LEAST, ClassFit, default_images, fit_classes
 from yolo_sos.yolo.classes import append_classes, known_classes, listed, resized
 from yolo_sos.yolo.fit_report import CheckpointFitReport, class_records
 from yolo_sos.yolo.heads import CLASS_KINDS, YoloTask, head_of
-from yolo_sos.yolo.images import ImageSample, covering_order, object_classes
+from yolo_sos.yolo.images import covering_order, object_classes
 from yolo_sos.yolo.job import CheckpointJob
 from yolo_sos.yolo.score import class_scores
 from yolo_sos.yolo.training import PREFIX
@@ -60,10 +60,9 @@ class FitData(CheckpointData):
                     f"{self.args['data']} has {what} {theirs}, the model {ours}: more than class layers would be new."
                 )
 
-    def sample(self, sizes: dict[str, int], seed: int) -> ImageSample:
-        """Return random sets of the training images, in which each class is to be seen if that can be."""
-        order = covering_order(self.shown, LEAST, seed)
-        return ImageSample(self.dataset, self._validator.preprocess, self.batch, sizes, seed, order=order)
+    def order(self, seed: int) -> list[int]:
+        """Return a random order in which each class is seen early, if that can be."""
+        return covering_order(self.shown, LEAST, seed)
 
 
 class CheckpointFit(CheckpointJob):

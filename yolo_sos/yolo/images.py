@@ -113,18 +113,16 @@ def counted(batches: Iterable[dict[str, Any]], bar: TQDM) -> Iterator[dict[str, 
 
 
 class ImageSample:
-    """Disjoint random sets of a data set's images, loaded in preprocessed batches.
+    """Disjoint sets of a data set's images, loaded in preprocessed batches.
 
     Args:
         dataset (Dataset): An Ultralytics data set with validation transforms.
         preprocess (Callable): Ultralytics' preprocessing of a batch, in place on a dictionary of its own.
         batch (int): Images in a batch.
         sizes (dict[str, int]): Set → number of images, see ``split_sizes``; they are taken in this order.
-        seed (int): Chooses the images.
-        labels (Sequence[int], optional): The class of each image, where an image has one: each class then has its share
-            of every set, as far as the data set allows.
+        order (Sequence[int]): All positions in the data set, in the order in which the sets take them; see ``draw`` and
+            ``covering_order``. Those that are left stand in for images that cannot be read.
         keep (bool): Whether loaded images stay in memory, for several passes.
-        order (Sequence[int], optional): Positions in the order in which the sets take them. None: a random one.
 
     Attributes:
         sets (dict[str, list[int]]): Set → positions of its images in the data set.
@@ -136,17 +134,14 @@ class ImageSample:
         preprocess: Callable[[dict[str, Any]], dict[str, Any]],
         batch: int,
         sizes: dict[str, int],
-        seed: int,
-        labels: Sequence[int] | None = None,
+        order: Sequence[int],
         keep: bool = False,
-        order: Sequence[int] | None = None,
     ):
         """Choose the images; they are loaded when first asked for."""
         self.dataset, self.batch = dataset, batch
         self._preprocess, self._keep = preprocess, keep
-        left = iter(draw(len(dataset), labels, seed) if order is None else order)
-        self.sets = {name: [next(left) for _ in range(size)] for name, size in sizes.items()}
-        self._spare = left  # in place of images that cannot be read
+        self._spare = iter(order)
+        self.sets = {name: [next(self._spare) for _ in range(size)] for name, size in sizes.items()}
         self._loaded: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         # Classification data sets have no collate_fn of their own.
         self._collate = getattr(dataset, "collate_fn", None) or torch.utils.data.default_collate

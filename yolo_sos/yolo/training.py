@@ -24,7 +24,7 @@ from yolo_sos import __version__
 from yolo_sos.builtin import resolve_data, resolve_model
 from yolo_sos.config import CHECKPOINT_KEY, SOSConfig, is_sos_key
 from yolo_sos.files import atomic_path, write_text
-from yolo_sos.yolo.images import ImageSample, preserve_rng
+from yolo_sos.yolo.images import ImageSample, draw, preserve_rng
 
 if TYPE_CHECKING:
     from ultralytics.engine.trainer import BaseTrainer
@@ -158,7 +158,8 @@ class TrainerExtension(BaseTrainer):
         """Return random sets of training images as validation would see them, see ``ImageSample``."""
         view, labels = self.plain_images()
         batch = max(self.batch_size // max(self.world_size, 1), 1)
-        return ImageSample(view, self.preprocess_plain, batch, sizes, seed, labels, keep, order)
+        order = draw(len(view), labels, seed) if order is None else order
+        return ImageSample(view, self.preprocess_plain, batch, sizes, order, keep)
 
     def on_first_rank(self, work: Callable[[], T], tensors: Callable[[], Iterable[Tensor]], what: str) -> T | None:
         """Do work on rank 0, and broadcast what it has written to the other ranks of a distributed run.
