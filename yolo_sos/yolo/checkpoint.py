@@ -27,7 +27,7 @@ UNTRAINED = {"version": __version__, "settings": SOSConfig().to_dict()}
 
 
 class Checkpoint:
-    """A trained checkpoint whose final layers can be rewritten; what is none is refused with the reason.
+    """A trained checkpoint whose final layers can be rewritten; anything else is refused with the reason.
 
     Args:
         path (str | Path): A ``.pt`` of Ultralytics, finished or to be resumed, of half or full precision.

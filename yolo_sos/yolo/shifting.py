@@ -106,9 +106,11 @@ class Shifting(TrainerExtension):
         """
 
         def tensors() -> Iterator[Tensor]:
+            if not self._chosen(unwrap_model(self.model)):
+                return  # all final layers are frozen by now
             for model in models.values():
                 sos = self._sos(model)
-                for layer in self._chosen(model):
+                for layer in sos.layers or ():
                     yield from (layer.module.weight.data, *sos.momentum(layer))  # type: ignore[misc, operator]
 
         return self.on_first_rank(partial(self._shift_models, models), tensors, "shift") or {}

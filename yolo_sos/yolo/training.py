@@ -37,7 +37,8 @@ PREFIX = colorstr("SOS: ")
 # An event that nothing runs. Besides args and weights, callbacks are the one thing that Ultralytics hands to the
 # workers of a distributed run, and args refuse keys that are not Ultralytics'.
 CARRIER = "sos_settings"
-OUTPUTS = ("sos.yaml", "sos.csv", "sos.png", "fit.json", "analyze.png")  # of a run; an earlier one's in its folder go
+# Files of a run; those that an earlier run left in its folder are removed.
+OUTPUTS = ("sos.yaml", "sos.csv", "sos.png", "fit.json", "analyze.png")
 TESTED = ("8.4.150", "8.4.190")  # the releases of Ultralytics that the test suite has passed with
 
 
