@@ -313,22 +313,11 @@ class Engine:
         new = shift.weights(0.0)  # as they are in the model now
         layers = []
         for layer in shift.layers:
-            result = shift.results[layer.name]
-            norm = float(as_float64(new[layer.name]).norm()) if step > 0 else result.norm_before
-            layers.append(
-                LayerReport(
-                    layer.name,
-                    layer.kind,
-                    layer.level,
-                    new[layer.name].shape[1],
-                    shift.rows[layer.name],
-                    result.rank,
-                    result.norm_before,
-                    norm,
-                    step * result.deviation,
-                    result.status,
-                )
-            )
+            result, weight = shift.results[layer.name], new[layer.name]
+            norm = float(as_float64(weight).norm()) if step > 0 else result.norm_before
+            seen = layer.name, layer.kind, layer.level, weight.shape[1], shift.rows[layer.name]
+            done = result.rank, result.norm_before, norm, step * result.deviation, result.status
+            layers.append(LayerReport(*seen, *done))
         return ShiftReport(tuple(layers), before, after, step, guard, self.watch.milliseconds)
 
 

@@ -73,18 +73,10 @@ class ShiftLog:
         """
         self.rows = [row for row in self.rows if int(row["epoch"]) != epoch or row["model"] not in reports]
         for model, report in reports.items():
-            for record in report.layers:
-                self.rows.append(
-                    {
-                        "epoch": epoch,
-                        "model": model,
-                        **asdict(record),
-                        "heldout_before": report.heldout_before,
-                        "heldout_after": report.heldout_after,
-                        "t": report.step,
-                        "ms": sum(report.milliseconds.values()),
-                    }
-                )
+            place = {"epoch": epoch, "model": model}
+            losses = {"heldout_before": report.heldout_before, "heldout_after": report.heldout_after}
+            totals = {**losses, "t": report.step, "ms": sum(report.milliseconds.values())}
+            self.rows += [{**place, **asdict(record), **totals} for record in report.layers]
         write_text(self.path, as_csv(self.rows))
 
     @plt_settings()
