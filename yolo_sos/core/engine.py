@@ -227,9 +227,9 @@ class Engine:
         rows = {layer.name: accumulators[layer.name].rows for layer in self.layers}
         return Shift(method, seed, self.layers, results, rows, milliseconds)
 
-    def moments(self, layer: FinalLayer, method: Method, seed: int = 0) -> Moments:
-        """Return the second moment of a layer's rows that a method is solved with."""
-        moments = self._accumulators[_cache_key(method, seed)][layer.name]
+    def moments(self, layer: FinalLayer, method: Method) -> Moments:
+        """Return the second moment of a layer's rows that a method is solved with; not for method ``rows``."""
+        moments = self._accumulators[_cache_key(method, 0)][layer.name]
         assert isinstance(moments, Moments)
         return moments
 
