@@ -8,26 +8,25 @@ from yolo_sos._lazy import lazy_exports
 
 __version__ = "0.1.0"
 
-_MODULES = {  # public name → module
-    "Method": "yolo_sos.core.method",
-    "SOS": "yolo_sos.core.sos",
-    "SOSCallback": "yolo_sos.lightning",
-    "SOSClassificationTrainer": "yolo_sos.trainers",
-    "SOSConfig": "yolo_sos.config",
-    "SOSDetectionTrainer": "yolo_sos.trainers",
-    "SOSOBBTrainer": "yolo_sos.trainers",
-    "SOSPoseTrainer": "yolo_sos.trainers",
-    "SOSSegmentationTrainer": "yolo_sos.trainers",
-    "ShiftReport": "yolo_sos.core.report",
-    "analyze_checkpoints": "yolo_sos.analyze.comparison",
-    "calibrate_checkpoint": "yolo_sos.yolo.calibrate",
-    "FitReport": "yolo_sos.core.fit",
-    "final_layers": "yolo_sos.yolo.heads",
-    "fit_checkpoint": "yolo_sos.yolo.fit",
-    "fit_model": "yolo_sos.core.fit",
-    "shift_checkpoint": "yolo_sos.yolo.shift",
-    "shift_model": "yolo_sos.core.sos",
-    "sweep_checkpoint": "yolo_sos.yolo.sweep",
-}
-__all__ = ["__version__", *sorted(_MODULES)]
-__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "analyze.comparison": ("analyze_checkpoints",),
+        "config": ("SOSConfig",),
+        "core.fit": ("FitReport", "fit_model"),
+        "core.method": ("Method",),
+        "core.report": ("ShiftReport",),
+        "core.sos": ("SOS", "shift_model"),
+        "lightning": ("SOSCallback",),
+        "trainers": (
+            *("SOSClassificationTrainer", "SOSDetectionTrainer", "SOSOBBTrainer", "SOSPoseTrainer"),
+            "SOSSegmentationTrainer",
+        ),
+        "yolo.calibrate": ("calibrate_checkpoint",),
+        "yolo.fit": ("fit_checkpoint",),
+        "yolo.heads": ("final_layers",),
+        "yolo.shift": ("shift_checkpoint",),
+        "yolo.sweep": ("sweep_checkpoint",),
+    },
+)
+__all__ += ["__version__"]

@@ -110,7 +110,7 @@ class SOSConfig:
         "fraction of the epochs before the first shift: 1.0 shifts once, at the end, 0 the untrained head too",
     )
     sos_interval: int = _setting(5, checks.interval, "epochs from one shift to the next")
-    sos_step: float = _setting(1.0, checks.step, "largest step size t of V + t(V* - V), above 0 and up to 1.0")
+    sos_step: float = _setting(1.0, checks.up_to_1, "largest step size t of V + t(V* - V), above 0 and up to 1.0")
     sos_momentum: bool = _setting(
         False, boolean, "apply the shift of the live weights to the optimizer's momentum as well"
     )

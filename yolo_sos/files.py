@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import os
 import shutil
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,26 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}, line {e.lineno}, column {e.colno}: not JSON: {e.msg}") from e
     except (ValueError, RecursionError) as e:  # a number of thousands of digits, brackets in thousands of brackets
         raise ValueError(f"{path}: not JSON that can be read: {e}") from e
+
+
+def as_json(value: Any) -> str:
+    """Return nested plain values as JSON, with null for every number that JSON does not know: NaN, and infinity."""
+    return json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows of the same keys as CSV, with these as the header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def save_figure(figure: Any, path: str | Path, dpi: int) -> None:
+    """Write a figure of matplotlib atomically; the suffix says what kind of picture."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
 
 
 def finite(value: Any) -> Any:

@@ -35,8 +35,7 @@ class SOSMixin(WeightAveraging, Fitting, Shifting, Watching, SharpnessAware, Ste
     """All extensions, for a trainer of Ultralytics: put it before the trainer among the base classes.
 
     Before the first epoch class layers are fitted. At the end of an epoch the extensions act in this order: weights are
-    averaged, shifted, measured. With none of our settings
-    the trainer is the stock one.
+    averaged, shifted, measured. With none of our settings the trainer is the stock one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -377,7 +377,7 @@ def study(args: argparse.Namespace, seed: int, curved: bool) -> dict[str, Any]:
             shifted = ridge_m(before, found["curvature"], metric)
             points["curvature", "ridge-M", rank] = lowered(before, metric, aim, shifted)
 
-    scores, _ = job.score([in_float32(weights) for weights in points.values()], "val")
+    scores = job.score([in_float32(weights) for weights in points.values()], "val").metrics
     key = headline(scores[0])
     base = {"weighting": "", "filter": "none", "rank": 1.0, "norm_ratio": 1.0}
     rows = [{**base, "loss": heldout.before, "map": scores[0][key]}]

@@ -37,15 +37,15 @@ from torchvision.models.resnet import BasicBlock
 
 from yolo_sos import __version__
 from yolo_sos.analyze.collapse import Collapse
-from yolo_sos.core import Engine, FinalLayer, Method, ModelTask, Moments, shift_model
+from yolo_sos.core import Engine, FinalLayer, Method, ModelTask, Moments, NoMapError, fit_softmax, shift_model
 from yolo_sos.data.fashion import load
 from yolo_sos.data.image_folder import draw_split
+from yolo_sos.evaluate.calibration import classifier_reliability
 from yolo_sos.files import atomic_path, write_text
 from yolo_sos.markdown import markdown_table, mean_std
 
 C = 10
 MEAN, STD = 0.2860, 0.3530  # of Fashion-MNIST's training pixels, 0 to 1
-BINS = 15
 MARKERS = "<!-- tables: written by studies/collapse/collapse.py -->", "<!-- end of tables -->"
 
 
@@ -219,22 +219,15 @@ def nll(logits: Tensor, labels: Tensor) -> float:
 
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
     """Return the expected calibration error with bins of equal width (Guo et al., ICML 2017)."""
-    confidence, predicted = logits.softmax(1).max(1)
-    correct = (predicted == labels).double()
-    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # bin m holds ((m−1)/M, m/M]
-    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, confidence - correct)
-    return float(gaps.abs().sum() / len(labels))
+    return classifier_reliability(logits.double().softmax(1).numpy(), labels.numpy()).ece
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the T that minimises the loss of ``logits / T``: the root of its derivative in 1/T, which is monotone."""
-    target = logits.gather(1, labels[:, None])[:, 0].mean()
-    low, high = math.log(1e-3), math.log(1e3)
-    for _ in range(60):
-        middle = (low + high) / 2
-        slope = float(((logits * math.exp(middle)).softmax(1) * logits).sum(1).mean() - target)
-        low, high = (low, middle) if slope > 0 else (middle, high)
-    return math.exp(-low)
+    """Return the T that minimises the loss of ``logits / T``; 1 where the labels do not determine one."""
+    try:
+        return 1 / float(fit_softmax(logits, labels).scale[0])
+    except NoMapError:
+        return 1.0
 
 
 def measure(weight: Tensor, bias: Tensor, old: Tensor, features: dict[str, Tensor], data: Data) -> dict[str, float]:

@@ -63,8 +63,8 @@ from yolo_sos.files import finite, write_text
 from yolo_sos.markdown import markdown_table
 from yolo_sos.versions import git_commit, versions
 from yolo_sos.yolo.checkpoint import Checkpoint
+from yolo_sos.yolo.checkpoint_data import CheckpointData
 from yolo_sos.yolo.heads import YoloTask, final_layers
-from yolo_sos.yolo.images import CheckpointData
 
 METRIC = "metrics/mAP50-95(B)"
 BITS = (8, 6, 4)

@@ -31,7 +31,7 @@ from yolo_sos import __version__
 from yolo_sos.core import WEIGHTINGS
 from yolo_sos.files import write_text
 from yolo_sos.markdown import markdown_table, mean_std
-from yolo_sos.yolo.images import CheckpointData
+from yolo_sos.yolo.checkpoint_data import CheckpointData
 from yolo_sos.yolo.job import ShiftJob
 from yolo_sos.yolo.score import headline
 from yolo_sos.yolo.sweep import cost, trace, trials_of

@@ -56,7 +56,7 @@ def main() -> None:
                 }
             )
             weights.append(shift.weights(step))
-    metrics, _ = job.score(weights, options.split)
+    metrics = job.score(weights, options.split).metrics
     main_metric = headline(metrics[0])
     for row, scores in zip(rows, metrics[1:], strict=True):
         row |= {"metrics": scores, "change": scores[main_metric] - metrics[0][main_metric]}

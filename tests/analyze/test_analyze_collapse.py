@@ -15,14 +15,14 @@ from yolo_sos.analyze.collapse import (
     JACKKNIFE,
     MEASURES,
     Collapse,
-    assignments,
-    class_layers,
     collect,
     mean_measures,
     nc1,
 )
 from yolo_sos.analyze.estimate import Estimate
 from yolo_sos.core import FinalLayer, InputCapture, evaluation
+from yolo_sos.yolo.class_rows import Assignments
+from yolo_sos.yolo.heads import CLASS_KINDS, layers_of_kinds
 
 
 def layer_of(weight, bias=None):
@@ -157,15 +157,21 @@ def test_equal_means_are_infinitely_far_from_collapse():
 @pytest.mark.parametrize(("name", "branches"), [("tiny", 1), ("yolo26n.yaml", 2)])
 def test_a_detector_takes_what_its_assigner_assigns(subject, tiny, name, branches):
     of, batch = subject(str(tiny) if name == "tiny" else name), targets("detect")
-    layers = class_layers(of.layers)
+    layers = layers_of_kinds(of.layers, CLASS_KINDS)
     assert len(layers) == 3 * branches
     collapses = [Collapse(layer) for layer in layers]
     with evaluation(of.model), InputCapture(of.layers) as capture:
         output = of.task.run(of.model, batch)
         inputs = capture.take()
         collect(collapses, of.task, output, inputs, batch)
-        with assignments(of.task.criterion) as seen:
-            of.task.loss(output, batch)
+        seen = []
+
+        def keep(assigner, args, decided):
+            seen.append(torch.where(decided[3].bool(), decided[0].long(), -1))
+
+        for branch in ("one2many", "one2one")[:branches]:
+            getattr(of.task.criterion, branch, of.task.criterion).assigner.register_forward_hook(keep)
+        of.task.loss(output, batch)
     assert len(seen) == branches
     for b, labels in enumerate(seen):
         counts = [c.features for c in collapses[3 * b : 3 * b + 3]]
@@ -193,14 +199,15 @@ def test_a_detector_takes_what_its_assigner_assigns(subject, tiny, name, branche
 
 def test_hooks_are_removed_whatever_happens(subject, tiny):
     of = subject(str(tiny))
-    with pytest.raises(RuntimeError, match="half way"), assignments(of.task.criterion):
+    with pytest.raises(RuntimeError, match="half way"), Assignments(of.task, [0]):
         raise RuntimeError("half way")
-    assert not of.task.criterion.assigner._forward_hooks
+    assigner = of.task.criterion.assigner
+    assert not assigner._forward_hooks and not assigner._forward_pre_hooks
 
 
 def test_a_classifier_takes_images_by_their_labels(subject):
     of, batch = subject("yolov8n-cls.yaml"), targets("classify", images=6)
-    (layer,) = class_layers(of.layers)
+    (layer,) = layers_of_kinds(of.layers, CLASS_KINDS)
     collapse = Collapse(layer)
     with evaluation(of.model), InputCapture(of.layers) as capture:
         output = of.task.run(of.model, batch)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_sos.core import Path, RidgeProblem, Rows, fit_path
+from yolo_sos.core import RidgePath, RidgeProblem, Rows, fit_path
 from yolo_sos.core.fitting import ALIKE, BIAS_RIDGE
 
 
@@ -163,7 +163,7 @@ def test_features_that_say_nothing_explain_nothing():
     noise = [Rows(torch.randn(len(r), 12, generator=generator), r.targets, r.weights) for r in (rows, others)]
     path = fit_path(*noise, torch.zeros(4, 13))
     assert path.explained < 0.01 < fit_path(rows, others, torch.zeros(4, 13)).explained
-    assert isinstance(path, Path)
+    assert isinstance(path, RidgePath)
 
 
 def test_two_solutions_are_bit_equal():

@@ -305,6 +305,16 @@ def test_annotations_without_an_image_are_not_left_out_in_silence(copied):
         read_data_set(str(copied / "data.yaml"), "test")
 
 
+def test_annotations_of_other_class_names_say_how_to_go_on(copied):
+    path = copied / "data.yaml"
+    path.write_text(path.read_text().replace("cat", "feline"))
+    told = r"\.xml, object 1 \(cat\): unknown class 'cat'; the classes are .*feline.* leave out its key 'voc'"
+    with pytest.raises(ValueError, match=told):
+        read_data_set(str(path), "test").truth()
+    path.write_text(re.sub("^voc:.*\n", "", path.read_text(), flags=re.MULTILINE))
+    assert len(read_data_set(str(path), "test").truth().boxes) == 7
+
+
 def test_classes_that_ultralytics_renames(capsys, tmp_path, results):
     """Names of ImageNet's classes: the XML has them as they are, the models as Ultralytics calls them."""
     objects = {
@@ -449,6 +459,13 @@ def test_only_models_of_one_training_are_averaged(capsys, tmp_path, data, weight
     default = {"version": "0", "settings": SOSConfig().to_dict()}
     shift = {"shifts": [{"settings": {"method": "expected"}, "step": 1.0}]}
 
+    def found(rank, method="expected"):
+        settings = {"method": method, "rank": rank, "budget": None, "seed": 0, "found": rank != 32}
+        return {"shifts": [{"settings": settings, "step": 1.0}]}
+
+    def fit(ridge):
+        return {"fit": {"images": {"fit": 8}, "settings": {"ridge": ridge, "seed": 0}, "ridges": [7.0]}}
+
     def calibration(seed, iou):
         return {"settings": {"seed": seed, "iou": iou}, "maps": []}
 
@@ -457,6 +474,11 @@ def test_only_models_of_one_training_are_averaged(capsys, tmp_path, data, weight
         "seed1": {"train_args": {"seed": 1, "name": "b"}, "sos": default},  # the defaults are what stock has
         "longer": {"train_args": {"seed": 2, "epochs": 9}},
         "shifted": {"train_args": {"seed": 0, "name": "a"}, "sos": {**default, **shift}},
+        "found": {"train_args": {"seed": 1}, "sos": {**default, **found(0.75)}},
+        "found again": {"train_args": {"seed": 2}, "sos": {**default, **found(0.5625)}},
+        "given": {"train_args": {"seed": 2}, "sos": {**default, **found(32)}},
+        "fit": {"train_args": {"seed": 1}, "sos": {**default, **fit(None)}},
+        "fit by 100": {"train_args": {"seed": 2}, "sos": {**default, **fit(100.0)}},
         "calibrated": {"train_args": {"seed": 1}, "sos": {**default, "calibrations": [calibration(0, 0.5)]}},
         "again": {"train_args": {"seed": 2}, "sos": {**default, "calibrations": [calibration(1, 0.5)]}},
         "soft": {"train_args": {"seed": 2}, "sos": {**default, "calibrations": [calibration(1, "soft")]}},
@@ -477,6 +499,7 @@ def test_only_models_of_one_training_are_averaged(capsys, tmp_path, data, weight
     assert report["mean"] == report["runs"][0]["mean"] and set(report["std"].values()) == {0.0}
     assert "Mean ± sample standard deviation of 2 runs." in out
     assert set(evaluate("calibrated", "again")[0]["std"].values()) == {0.0}  # other images, drawn by the seed
+    assert set(evaluate("found", "found again")[0]["std"].values()) == {0.0}  # the guard found a rank for each
     for names, differ in (
         (("seed0", "longer"), "epochs"),
         (("seed0", "shifted"), "shifts"),
@@ -485,6 +508,8 @@ def test_only_models_of_one_training_are_averaged(capsys, tmp_path, data, weight
         (("seed0", "averaged"), "averaged"),
         (("seed0", "calibrated"), "calibrations"),
         (("calibrated", "soft"), "calibrations"),
+        (("found", "given"), "shifts"),
+        (("fit", "fit by 100"), "fit"),
         (("seed0", "unknown"), "imgsz"),
     ):
         report, out = evaluate(*names)

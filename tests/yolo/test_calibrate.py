@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -18,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from stock import run_stock
 from ultralytics import YOLO
 from ultralytics.utils import nms
 
 from yolo_sos import cli
 from yolo_sos.cli import calibrate as command
+from yolo_sos.cli.grammar import run_arguments
 from yolo_sos.core import affine_matrix, fit_logistic, fold
 from yolo_sos.core.calibration import AffineMap
 from yolo_sos.evaluate.boxes import Detections
@@ -31,6 +31,7 @@ from yolo_sos.yolo import Checkpoint, CheckpointCalibration, calibrate_checkpoin
 from yolo_sos.yolo.calibrate_report import BranchReport
 from yolo_sos.yolo.classes import class_layers, in_order
 from yolo_sos.yolo.evidence import DetectorEvidence, logit
+from yolo_sos.yolo.job import CheckpointJob
 from yolo_sos.yolo.recording import branch_arguments, matches_of, read_truth, record
 
 NAMES = {"best.pt", "best-calibrated.pt", "best-calibrated.json", "best-reliability.png"}
@@ -486,20 +487,13 @@ def test_bad_input_exits_with_2(weights, contents, capsys, args, message):
 
 
 def test_the_keys_are_those_of_the_job():
-    options = signature(CheckpointCalibration.__init__).parameters
-    assert [a.name for a in command.OWN] == [name for name in options if name != "self"]
+    jobs = [signature(of.__init__).parameters for of in (CheckpointJob, CheckpointCalibration)]
+    options = {**jobs[1], **{a.name: jobs[0][a.name] for a in run_arguments("")}}
+    assert {a.name for a in command.OWN} == options.keys() - {"self", "options"}
     assert all(a.default == options[a.name].default for a in command.OWN if a.name != "model")
 
 
 STOCK = """
-import json, sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "yolo_sos":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
 from ultralytics import YOLO
 
 model = YOLO(sys.argv[1])
@@ -509,12 +503,10 @@ print(json.dumps({"map": float(found.box.map), "scores": boxes.conf.tolist()}))
 """
 
 
-def test_a_stock_ultralytics_loads_it_and_predicts(weights, data):
+def test_a_stock_ultralytics_loads_it_and_predicts(weights, data, tmp_path):
     report = calibrate_checkpoint(weights(), data)
     image = next((Path(yaml.safe_load(data.read_text())["path"]) / "images/train").glob("*.jpg"))
-    code = [sys.executable, "-c", STOCK, str(report.output), str(data), str(image)]
-    done = subprocess.run(code, capture_output=True, text=True, check=True)
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = run_stock(STOCK, report.output, data, image, cwd=tmp_path)
     assert told["map"] == pytest.approx(report.branches[0].metrics_after["metrics/mAP50-95(B)"], abs=1e-6)
     before = YOLO(report.model).predict(image, imgsz=64, device="cpu", conf=0.01, verbose=False)[0].boxes.conf
     mapping = report.branches[0].mapping

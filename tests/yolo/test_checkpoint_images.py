@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from yolo_sos.yolo.checkpoint import Checkpoint
-from yolo_sos.yolo.images import CheckpointData, split_sizes
+from yolo_sos.yolo.checkpoint_data import CheckpointData
+from yolo_sos.yolo.images import split_sizes
 
 
 @pytest.fixture

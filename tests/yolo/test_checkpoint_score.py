@@ -67,7 +67,8 @@ def test_every_set_of_weights_gets_the_metrics_of_a_validation_of_its_own(job, t
     partly = {layers[0].name: torch.zeros_like(own[layers[0].name])}
     sets = [*noisy, partly, {}]
     before = contents(trained["best"].parent)
-    found, seconds = job.score(sets, "val")
+    scored = job.score(sets, "val")
+    found, seconds = scored.metrics, scored.seconds
     assert contents(trained["best"].parent) == before
     assert all(not m._forward_pre_hooks for m in job.model.modules())
     assert found[0]["metrics/mAP50-95(B)"] > 0.05

@@ -23,8 +23,9 @@ from yolo_sos.core.solvers import NON_FINITE, unchanged
 from yolo_sos.yolo import CheckpointShift, shift_checkpoint
 from yolo_sos.yolo import shift as shift_module
 from yolo_sos.yolo.checkpoint import Checkpoint
+from yolo_sos.yolo.checkpoint_data import CheckpointData
 from yolo_sos.yolo.heads import YoloTask, final_layers
-from yolo_sos.yolo.images import CheckpointData, split_sizes
+from yolo_sos.yolo.images import split_sizes
 
 ALL = {"images": "all", "guard": None}
 
@@ -340,13 +341,13 @@ def test_existing_results_are_kept_unless_exist_ok(weights, seen, contents):
     assert json.loads(path.with_name("best-sos.json").read_text())["output"] == report.output
 
 
-@pytest.mark.parametrize("where", ["save", "_judge_file", "write_text"])
+@pytest.mark.parametrize("where", ["save", "read_back", "write_text"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_on_the_way_leaves_nothing(weights, seen, contents, monkeypatch, where, error):
     path = weights()
     before = contents(path.parent)
     job = CheckpointShift(path, seen, **ALL, val=False)
-    owner = {"save": Checkpoint, "_judge_file": CheckpointShift, "write_text": shift_module}[where]
+    owner = {"save": Checkpoint, "read_back": CheckpointShift, "write_text": shift_module}[where]
     original = getattr(owner, where)
 
     def broken(*args, **kwargs):

@@ -130,13 +130,13 @@ def test_rows_are_those_of_the_assigner_and_stand_for_every_anchor_point(cfg):
     model = resized(detector(cfg), NAMES, seed=0).eval()
     model.args = IterableSimpleNamespace(**DEFAULT_CFG_DICT)
     task, batch = YoloTask(model), batch_of()
-    rows = ClassRows(model, task, seed=0)
+    rows = ClassRows(task, seed=0)
     engine = Engine(model, rows.layers, task)
     found = rows.collect(engine, [batch], 2)
     with torch.no_grad(), InputCapture(rows.layers) as capture:
         output = task.run(model, batch)
         inputs = capture.take()
-    for branch, layers in rows.branches.items():
+    for branch, layers in class_layers(model).items():
         right = targets(getattr(task.criterion, branch, task.criterion), output.get(branch, output), batch)
         points = [8 * 8, 4 * 4, 2 * 2]
         for layer, of in zip(layers, right.split(points, 1), strict=True):
@@ -171,14 +171,14 @@ def test_known_scores_have_a_say_and_others_do_not():
     model = resized(detector(), NAMES, seed=0).eval()
     model.args = IterableSimpleNamespace(**DEFAULT_CFG_DICT)
     task, batch = YoloTask(model), batch_of()
-    with torch.no_grad():
+    with torch.no_grad(), InputCapture(task.layers) as capture:
         output = task.run(model, batch)
-        results = []
+        inputs, results = capture.take(), []
         for known in ((), (0, 1, 2)):
             for scale in (1.0, 30.0):
-                with Assignments(task.criterion, ["one2many"], known) as assigned:
+                with Assignments(task, known) as assigned:
                     task.loss({**output, "scores": scale * output["scores"]}, batch)
-                    results.append(assigned.take()["one2many"])
+                    results.append(torch.cat([targets for _, targets, _ in assigned.take(inputs)], 1))
     assert torch.equal(results[0], results[1]) and not torch.equal(results[2], results[3])
     assert not task.criterion.assigner._forward_hooks and not task.criterion.assigner._forward_pre_hooks
 
@@ -189,7 +189,7 @@ def test_the_background_is_drawn_by_the_seed():
     task = YoloTask(model)
 
     def drawn(seed):
-        rows = ClassRows(model, task, seed)
+        rows = ClassRows(task, seed)
         return rows.collect(Engine(model, rows.layers, task), [batch_of(size=160)], 2)[rows.layers[0].name].inputs
 
     assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))

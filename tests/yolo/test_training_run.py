@@ -19,10 +19,10 @@ from watched import EPOCHS, read_csv, same, weights_of
 import yolo_sos
 from yolo_sos.config import SOSConfig
 from yolo_sos.yolo.heads import YoloTask, final_layers
-from yolo_sos.yolo.shift_log import COLUMNS
+from yolo_sos.yolo.shift_log import columns
 
 SHIFTED = (2, 3, 4)  # epochs, with sos_start=0.5
-SOS = [f"sos/{name}" for name in COLUMNS]
+SOS = list(columns({}))
 
 
 @pytest.fixture(scope="module")

@@ -137,6 +137,10 @@ for name, value in (("ema", 0.5), ("model", 0.25)):
         assert same, f"{name} {key} on rank {rank}"
 for layer, x in momentum.items():
     assert torch.equal(x, torch.full_like(x, 0.75) if layer.kind == "cls" else kept[layer]), f"momentum on rank {rank}"
+for layer in layers["model"]:  # as a callback can do while training goes on
+    layer.module.weight.requires_grad = False
+trainer._shift_models = lambda _: {}
+assert trainer._shift_everywhere(models) == {}
 dist.barrier()  # a rank that leaves early breaks the connections of the other
 dist.destroy_process_group()
 print("done")

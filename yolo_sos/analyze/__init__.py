@@ -3,10 +3,6 @@
 
 from yolo_sos._lazy import lazy_exports
 
-_MODULES = {
-    "Comparison": "yolo_sos.analyze.comparison",
-    "Curves": "yolo_sos.analyze.curves",
-    "analyze_checkpoints": "yolo_sos.analyze.comparison",
-}
-__all__ = sorted(_MODULES)
-__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__, {"comparison": ("Comparison", "analyze_checkpoints"), "curves": ("Curves",)}
+)

@@ -25,17 +25,17 @@ for NC4, which needs the means first, a uniform sample of features of fixed size
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from ultralytics.utils.tal import TaskAlignedAssigner
 
 from yolo_sos.analyze.estimate import Estimate
-from yolo_sos.core import FinalLayer, Moments, RowSample, Task, as_float64, input_rows, weight_matrix
+from yolo_sos.core import FinalLayer, Moments, RowSample, as_float64, input_rows, weight_matrix
+from yolo_sos.yolo.class_rows import Assignments
+from yolo_sos.yolo.heads import YoloTask
 
 JACKKNIFE = 8  # blocks of images
 DECISIONS = 2048  # features kept for NC4: a standard error of at most 1.1 percentage points
@@ -195,11 +195,6 @@ class Collapse:
         return Estimate(p, math.sqrt(p * (1 - p) / len(h)), len(h))
 
 
-def class_layers(layers: Sequence[FinalLayer]) -> list[FinalLayer]:
-    """Return the layers whose features are studied: those that give class scores."""
-    return [layer for layer in layers if layer.kind in {"cls", "linear"}]
-
-
 def mean_measures(collapses: Sequence[Collapse]) -> dict[str, float]:
     """Return the mean of each measure over the layers where it is a number; nan where there are none."""
     found = [collapse.measures() for collapse in collapses]
@@ -210,51 +205,19 @@ def mean_measures(collapses: Sequence[Collapse]) -> dict[str, float]:
     return means
 
 
-@contextmanager
-def assignments(criterion: Any) -> Iterator[list[Tensor]]:
-    """Record what a detection criterion's assigners decide; the hooks are removed on leaving.
-
-    Args:
-        criterion (Any): Ultralytics'; ``one2many`` and ``one2one`` within it where the head has two branches.
-
-    Yields:
-        (list[Tensor]): Grows by one ``(B, anchor points)`` per branch and call of the criterion: the class of the
-            object that a point is assigned to, −1 for the background.
-    """
-    seen: list[Tensor] = []
-    branches = [getattr(criterion, name) for name in ("one2many", "one2one") if hasattr(criterion, name)]
-    assigners: list[TaskAlignedAssigner] = [branch.assigner for branch in branches or [criterion]]
-
-    def keep(module: nn.Module, args: Any, result: tuple[Tensor, ...]) -> None:
-        labels, foreground = result[0], result[3]
-        seen.append(torch.where(foreground.bool(), labels.long(), -1))
-
-    handles = [assigner.register_forward_hook(keep) for assigner in assigners]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def collect(collapses: Sequence[Collapse], task: Task, output: Any, inputs: dict[str, Tensor], batch: Any) -> None:
-    """Add a batch with its ``output`` and the ``inputs`` of its layers to the collapse of each class layer, in order.
+def collect(
+    collapses: Sequence[Collapse], task: YoloTask, output: Any, inputs: dict[str, Tensor], batch: dict[str, Any]
+) -> None:
+    """Add a batch with its ``output`` and the ``inputs`` of its layers to the collapse of each class layer.
 
     A detector's criterion is run for the decisions of its assigners.
     """
-    rows = [input_rows(c.layer.module, inputs[c.layer.name]) for c in collapses]
+    collapse_of = {collapse.layer.name: collapse for collapse in collapses}
     if collapses[0].layer.kind == "linear":
-        logits = rows[0].new_zeros(len(rows[0]), weight_matrix(collapses[0].layer.module).shape[0])
-        collapses[0].update(rows[0], task.probabilities(collapses[0].layer, logits, batch).argmax(1))
-        return
-    with assignments(task.criterion) as seen:  # type: ignore[attr-defined]
-        task.loss(output, batch)
-    images = task.size(batch)
-    points = [len(r) // images for r in rows]  # of each level, per image
-    start = branch = 0
-    for collapse, r, n in zip(collapses, rows, points, strict=True):
-        if start == seen[branch].shape[1]:
-            start, branch = 0, branch + 1
-        # (B, anchor points) → this level's (B, n) → (B·n,), images outermost as in ``input_rows``.
-        collapse.update(r, seen[branch][:, start : start + n].reshape(-1))
-        start += n
+        found: Iterable[tuple[FinalLayer, Tensor]] = [(collapses[0].layer, batch["cls"].long())]
+    else:
+        with Assignments(task) as assigned:
+            task.loss(output, batch)
+            found = [(layer, labels) for layer, _, labels in assigned.take(inputs)]
+    for layer, labels in found:  # (B, anchor points of the level) → rows, images outermost as in ``input_rows``
+        collapse_of[layer.name].update(input_rows(layer.module, inputs[layer.name]), labels.reshape(-1))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ultralytics.utils import LOGGER, TQDM, colorstr
 from ultralytics.utils.torch_utils import select_device
 
-from yolo_sos.analyze.collapse import Collapse, class_layers, collect
+from yolo_sos.analyze.collapse import Collapse, collect
 from yolo_sos.analyze.estimate import Estimate
 from yolo_sos.analyze.figures import collapse_figure, landscape_figure, spectrum_figure, trace_figure
 from yolo_sos.analyze.hessian import Subject, Trace, largest_eigenvalue, traces
@@ -27,8 +27,8 @@ from yolo_sos.arguments import several
 from yolo_sos.core import Engine, Method, as_float64, weight_matrix
 from yolo_sos.versions import versions
 from yolo_sos.yolo.checkpoint import Checkpoint
-from yolo_sos.yolo.heads import YoloTask
-from yolo_sos.yolo.images import CheckpointData
+from yolo_sos.yolo.checkpoint_data import CheckpointData
+from yolo_sos.yolo.heads import CLASS_KINDS, YoloTask, layers_of_kinds
 from yolo_sos.yolo.memory import with_fewer
 
 PREFIX = colorstr("analyze: ")
@@ -131,7 +131,8 @@ class Comparison:
 
         def read(size: int) -> tuple[Engine, list[Collapse]]:
             engine = Engine(subject.model, subject.layers, subject.task, spectrum_methods(o.weighting))
-            collapses = [Collapse(layer, o.seed) for layer in class_layers(subject.layers) if len(self.classes) > 1]
+            layers = layers_of_kinds(subject.layers, CLASS_KINDS) if len(self.classes) > 1 else []
+            collapses = [Collapse(layer, o.seed) for layer in layers]
             with TQDM(total=self.features, desc=f"features of {subject.name}", unit="img") as bar:
 
                 def observe(batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 
 from ultralytics.cfg import get_save_dir
 
-from yolo_sos.files import finite, write_text
+from yolo_sos.files import as_json, write_text
 
 # No script, no address: what the browser may load is in the file.
 HEAD = """<!doctype html>
@@ -84,7 +83,7 @@ def write_report(folder: Path, result: dict[str, Any], verdict: Sequence[str], s
         verdict (Sequence[str]): What was found, a plain sentence each.
         sections (Sequence[Section]): The report, in order.
     """
-    write_text(folder / "analysis.json", json.dumps(finite(result), indent=1) + "\n")
+    write_text(folder / "analysis.json", as_json(result))
     config = ", ".join(f"{k}={v}" for k, v in result["config"].items() if not isinstance(v, list) and v is not None)
     known = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     names = [m["name"] for m in result.get("models", result.get("runs", ()))]

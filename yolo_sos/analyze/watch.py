@@ -12,11 +12,11 @@ from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_sos.analyze import curves
-from yolo_sos.analyze.collapse import MEASURES, Collapse, class_layers, collect, mean_measures
+from yolo_sos.analyze.collapse import MEASURES, Collapse, collect, mean_measures
 from yolo_sos.analyze.hessian import Subject, traces
 from yolo_sos.analyze.report import digits
 from yolo_sos.core import Engine
-from yolo_sos.yolo.heads import YoloTask, final_layers, head_of
+from yolo_sos.yolo.heads import CLASS_KINDS, YoloTask, final_layers, head_of, layers_of_kinds
 from yolo_sos.yolo.images import ImageSample, preserve_rng
 from yolo_sos.yolo.memory import with_fewer
 from yolo_sos.yolo.training import PREFIX, TrainerExtension
@@ -59,7 +59,7 @@ def measure(
         return traces([subject], list(batches(images)), ["before"], probes=probes, seed=seed)[0]["before"]
 
     found = with_fewer(CURVATURE, curvature, "images for the curvature")[0].estimates()
-    collapses = [Collapse(layer, seed) for layer in class_layers(subject.layers)]
+    collapses = [Collapse(layer, seed) for layer in layers_of_kinds(task.layers, CLASS_KINDS)]
 
     def add(batch: Any, output: Any, inputs: dict[str, Any]) -> None:
         collect(collapses, task, output, inputs, batch)

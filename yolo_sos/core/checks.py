@@ -75,7 +75,7 @@ def rank(key: str, value: Any) -> int | float:
 
 
 budget = number("a number of at least 0 and less than 1", lambda x: 0 <= x < 1)
-step = number("a number above 0 and up to 1", lambda x: 0 < x <= 1)
+up_to_1 = number("a number above 0 and up to 1", lambda x: 0 < x <= 1)
 start = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
-interval = number("an integer of at least 1", lambda x: x >= 1, integer=True)
+interval = at_least(1)
 guard = optional(number("a number of at least 0, or none", lambda x: x >= 0))

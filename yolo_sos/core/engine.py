@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from yolo_sos.core.capture import InputCapture, evaluation
+from yolo_sos.core.heldout import HeldOut
 from yolo_sos.core.layers import (
     FinalLayer,
-    affine_matrix,
     check_unshared,
-    layer_output,
     weight_matrix,
     write_weight,
 )
@@ -31,7 +29,6 @@ from yolo_sos.core.weighting import LayerRows, has_background
 
 STEPS = (1.0, 0.5, 0.25)  # parts of the largest t of V + t(V* − V), in the order in which the guard tries them; else 0
 HALVINGS = 5  # of the interval of strengths: a rank is then found to within 1/64 of d, a budget to within a quarter
-FAITHFUL = 1e-3  # relative difference of a replayed loss from the model's own: far above rounding, far below a mistake
 
 
 class Stopwatch:
@@ -230,9 +227,9 @@ class Engine:
         rows = {layer.name: accumulators[layer.name].rows for layer in self.layers}
         return Shift(method, seed, self.layers, results, rows, milliseconds)
 
-    def moments(self, layer: FinalLayer, method: Method, seed: int = 0) -> Moments:
-        """Return the second moment of a layer's rows that a method is solved with."""
-        moments = self._accumulators[_cache_key(method, seed)][layer.name]
+    def moments(self, layer: FinalLayer, method: Method) -> Moments:
+        """Return the second moment of a layer's rows that a method is solved with; not for method ``rows``."""
+        moments = self._accumulators[_cache_key(method, 0)][layer.name]
         assert isinstance(moments, Moments)
         return moments
 
@@ -241,16 +238,16 @@ class Engine:
 
         The largest strength is tried first, then bisection, by the held-out loss of each shift. Where none passes, the
         weakest is returned, for ``accept`` to shorten or refuse. Without held-out images, or without a guard, the
-        strength is ``UNJUDGED``.
+        strength is that of ``Method.at()``.
         """
         if not method.is_found or guard is None or not math.isfinite(heldout.before):
-            return self.solve(method.at(None) if method.is_found else method, seed)
+            return self.solve(method.at(), seed)
         best, low, strength, high = None, 0.0, 1.0, 1.0
         for _ in range(1 + HALVINGS):
             shift = self.solve(method.at(strength), seed)
             loss = heldout.loss(shift.weights()) if shift.status == OK else math.nan
             self.watch.lap("guard")
-            if loss <= heldout.before + guard * abs(heldout.before):
+            if heldout.allows(loss, guard):
                 low, best = strength, replace(shift, judged=(heldout, loss))
                 if strength == 1.0:
                     break
@@ -260,28 +257,27 @@ class Engine:
         return best or shift
 
     def accept(
-        self, shift: Shift, heldout: HeldOut | None, guard: float | None, largest: float = 1.0
+        self, shift: Shift, heldout: HeldOut, guard: float | None, largest: float = 1.0
     ) -> tuple[float, float, float]:
         """Return the accepted step size, and the held-out loss before and after it.
 
         Args:
             shift (Shift): The shift.
-            heldout (HeldOut, optional): Held-out batches. None, or empty: there is nothing to judge on, hence no guard.
+            heldout (HeldOut): Held-out batches. Where there are none, the largest step is accepted.
             guard (float, optional): Largest relative rise of the held-out loss. Where the largest step rises more, ½
                 and ¼ of it are tried, then 0. None: no guard; the losses are reported all the same.
             largest (float): Largest step, in (0, 1].
         """
-        before = heldout.before if heldout else math.nan
+        before = heldout.before
         if shift.status != OK:
             return 0.0, before, before
-        if heldout is None or not heldout.images:
-            return largest, math.nan, math.nan
-        for step in (largest,) if guard is None else tuple(part * largest for part in STEPS):
+        if not heldout.images:
+            return largest, before, before
+        for step in [part * largest for part in STEPS]:
             known = step == 1.0 and shift.judged and shift.judged[0] is heldout
             after = shift.judged[1] if known else heldout.loss(shift.weights(step))  # type: ignore[index]
             self.watch.lap("guard")
-            # False for a loss of NaN, before or after; an infinite one has no relative rise.
-            if guard is None or (after <= before + guard * abs(before) and math.isfinite(before)):
+            if heldout.allows(after, guard):
                 return step, before, after
         return 0.0, before, before
 
@@ -317,114 +313,12 @@ class Engine:
         new = shift.weights(0.0)  # as they are in the model now
         layers = []
         for layer in shift.layers:
-            result = shift.results[layer.name]
-            norm = float(as_float64(new[layer.name]).norm()) if step > 0 else result.norm_before
-            layers.append(
-                LayerReport(
-                    layer.name,
-                    layer.kind,
-                    layer.level,
-                    new[layer.name].shape[1],
-                    shift.rows[layer.name],
-                    result.rank,
-                    result.norm_before,
-                    norm,
-                    step * result.deviation,
-                    result.status,
-                )
-            )
+            result, weight = shift.results[layer.name], new[layer.name]
+            norm = float(as_float64(weight).norm()) if step > 0 else result.norm_before
+            seen = layer.name, layer.kind, layer.level, weight.shape[1], shift.rows[layer.name]
+            done = result.rank, result.norm_before, norm, step * result.deviation, result.status
+            layers.append(LayerReport(*seen, *done))
         return ShiftReport(tuple(layers), before, after, step, guard, self.watch.milliseconds)
-
-
-class HeldOut:
-    """The task loss on held-out batches as a function of the final layers' weights.
-
-    Each batch runs through the model once, which gives the loss as it is. For other weights, where the task can replay
-    its outputs, only the final layers and what follows them are evaluated, on their captured inputs; otherwise the
-    model runs again, with these weights written temporarily.
-
-    Attributes:
-        images (int): Number of images.
-    """
-
-    def __init__(self, model: nn.Module, task: Task, layers: Sequence[FinalLayer]):
-        """Start empty; ``layers`` are all that the task needs for ``replay``."""
-        self.model, self.task, self.layers = model, task, layers
-        self.images = 0
-        self._total = 0.0  # of the losses of the images
-        self._batches: list[tuple[Any, Any, dict[str, Tensor] | None]] = []  # batch, state, inputs; None: run again
-
-    def add(self, batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
-        """Add a batch; keep of it what another loss needs.
-
-        Raises:
-            RuntimeError: If the outputs that the final layers give on their inputs do not give the model's loss.
-        """
-        size = self.task.size(batch)
-        if size == 0:  # the mean over no image is not a number
-            return
-        loss = float(self.task.loss(output, batch))
-        self.images += size
-        self._total += size * loss
-        state = self.task.replay_state(batch, output)
-        self._batches.append((batch, None, None) if state is None else (*state, inputs))
-        if state is not None and len(self._batches) == 1:
-            del batch, output
-            again = self._loss({}, *self._batches[0])
-            if math.isfinite(loss) and not abs(again - loss) <= FAITHFUL * abs(loss) + 1e-6:
-                raise RuntimeError(
-                    f"The final layers give a loss of {again:.6g} on their captured inputs, the model {loss:.6g}: what "
-                    "follows them cannot be replayed, so no shift of this model can be judged."
-                )
-
-    @property
-    def before(self) -> float:
-        """The mean loss per image of the model as it ran; nan without images."""
-        return self._total / self.images if self.images else math.nan
-
-    @property
-    def inputs(self) -> Iterator[dict[str, Tensor]]:
-        """The captured inputs of each batch, where outputs are replayed."""
-        return (inputs for _, _, inputs in self._batches if inputs is not None)
-
-    def loss(self, weights: dict[str, Tensor]) -> float:
-        """Return the mean loss per image with ``weights``, as ``write_weight`` takes them; other layers keep theirs."""
-        with evaluation(self.model):
-            total = sum(self.task.size(batch) * self._loss(weights, batch, *rest) for batch, *rest in self._batches)
-        return total / self.images if self.images else math.nan
-
-    def _loss(self, weights: dict[str, Tensor], batch: Any, state: Any, inputs: dict[str, Tensor] | None) -> float:
-        # No names for what is large: it would stay in memory while the loss, which takes the most, is computed.
-        if inputs is None:
-            with temporary_weights(self.layers, weights):
-                return float(self.task.loss(self.task.run(self.model, batch), batch))
-        return float(self.task.loss(self.task.replay(state, layer_outputs(self.layers, weights, inputs)), batch))
-
-
-def layer_outputs(
-    layers: Sequence[FinalLayer], weights: dict[str, Tensor], inputs: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return what the layers make of their ``inputs`` with ``weights``, as ``write_weight`` takes them, by layer name.
-
-    Layers without a weight there keep theirs; the layers themselves stay as they are.
-    """
-    return {
-        layer.name: layer_output(layer, weights.get(layer.name, weight_matrix(layer.module)), inputs[layer.name])
-        for layer in layers
-    }
-
-
-@contextmanager
-def temporary_weights(layers: Sequence[FinalLayer], weights: dict[str, Tensor]) -> Iterator[None]:
-    """Write weights by layer name, as ``write_weight`` takes them; restore the layers' own, bit for bit, on leaving."""
-    before = [(layer, affine_matrix(layer.module)) for layer in layers if layer.name in weights]
-    try:
-        for layer, _ in before:
-            write_weight(layer.module, weights[layer.name])
-        yield
-    finally:
-        for layer, own in before:
-            write_weight(layer.module, own)
 
 
 def _weighting(method: Method) -> str:

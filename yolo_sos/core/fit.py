@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from yolo_sos.core.capture import evaluation, original_module
 from yolo_sos.core.checks import number
 from yolo_sos.core.engine import Engine
-from yolo_sos.core.fitting import Path, RidgeProblem, Rows, fit_path
+from yolo_sos.core.fitting import RidgeProblem, Rows, fit_path
 from yolo_sos.core.layers import FinalLayer, Layers, affine_matrix, input_rows, last_layer, select_layers, write_weight
 from yolo_sos.core.tasks import ModelTask, to_device
 
@@ -85,7 +85,7 @@ class FitReport:
     def __str__(self) -> str:
         """Return one line."""
         ridges = ", ".join(f"{layer.ridge:.3g}" for layer in self.layers)
-        loss = f"{self.heldout_before:.4g} → {self.heldout_after:.4g}" if self.heldout_before > -math.inf else "unknown"
+        loss = "unknown" if math.isnan(self.heldout_before) else f"{self.heldout_before:.4g} → {self.heldout_after:.4g}"
         what = f"nothing written: {self.refusal}" if self.refusal else f"{len(self.layers)} layers fitted"
         return f"{what}; held-out loss {loss}, ridge {ridges}, {sum(self.milliseconds.values()) / 1e3:.1f} s"
 
@@ -122,28 +122,17 @@ def fit_layer(
         weight (Tensor): ``[V b]`` as the prior has it, in float64.
         fit (LayerFit): How it was found.
     """
-    path: Path | None = None
+    start, losses, share, null = None, {}, math.nan, math.nan
     if others is not None and len(others):
         path = fit_path(rows, others, prior, loss, None if ridge is None else [ridge])
+        start, losses, share = path.best.weight, path.losses, path.explained
+        ridge, null = path.best.ridge, path.null * float(others.weights.sum())
         rows = Rows.cat([rows, others]) if refit else rows
-    start, best = (path.best.weight, path.best.ridge) if path else (None, ridge)
-    assert best is not None
-    solution = RidgeProblem(rows, prior, loss).solve(best, start)
-    null = path.null * float(others.weights.sum()) if path and others is not None else math.nan
-    return solution.weight, LayerFit(
-        layer.name,
-        layer.kind,
-        layer.level,
-        rows.inputs.shape[1],
-        len(rows),
-        best,
-        path.losses if path else {},
-        path.explained if path else math.nan,
-        null,
-        solution.gap,
-        solution.converged,
-        solution.evaluations,
-    )
+    assert ridge is not None
+    solution = RidgeProblem(rows, prior, loss).solve(ridge, start)
+    found = solution.gap, solution.converged, solution.evaluations
+    place = layer.name, layer.kind, layer.level
+    return solution.weight, LayerFit(*place, rows.inputs.shape[1], len(rows), ridge, losses, share, null, *found)
 
 
 def judge(layers: Iterable[LayerFit], before: float, after: float) -> str:
@@ -208,25 +197,27 @@ def fit_model(
     first = next(stream, None)
     if first is None:
         raise ValueError("There is nothing to fit on: no batch.")
-    judged = list(heldout)
-    if ridge is None and not judged:
+    heldout = list(heldout)
+    if ridge is None and not heldout:
         raise ValueError("The ridge is chosen on held-out batches. Pass some, or the ridge itself: ridge=…")
     layer = _layer(model, layers, task, to_device(first, device))
-    engine, parts = Engine(model, [layer], task), {"fit": [], "heldout": []}  # type: ignore[var-annotated]
-
-    def adding(name: str, more: Callable[..., None] = lambda *_: None) -> Callable[..., None]:
-        def add(batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
-            _check_output(layer, output, inputs[layer.name])
-            parts[name].append(_rows(layer, inputs[layer.name], batch, loss, smoothing))
-            more(batch, output, inputs)
-
-        return add
-
-    engine.run(_on(device, chain([first], stream)), adding("fit"), "rows")
+    engine = Engine(model, [layer], task)
+    rows: list[Rows] = []
+    others: list[Rows] = []
     held = engine.hold_out([])
-    engine.run(_on(device, judged), adding("heldout", held.add), "guard")
-    rows, others = Rows.cat(parts["fit"]), Rows.cat(parts["heldout"]) if parts["heldout"] else None
-    weight, fit = fit_layer(layer, rows, others, affine_matrix(layer.module), loss, ridge)
+
+    def rows_of(batch: Any, output: Any, inputs: dict[str, Tensor]) -> Rows:
+        _check_output(layer, output, inputs[layer.name])
+        return _rows(layer, inputs[layer.name], batch, loss, smoothing)
+
+    def hold_out(batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
+        others.append(rows_of(batch, output, inputs))
+        held.add(batch, output, inputs)
+
+    engine.run(_on(device, chain([first], stream)), lambda *seen: rows.append(rows_of(*seen)), "rows")
+    engine.run(_on(device, heldout), hold_out, "guard")
+    whole, other = Rows.cat(rows), Rows.cat(others) if others else None
+    weight, fit = fit_layer(layer, whole, other, affine_matrix(layer.module), loss, ridge)
     engine.watch.lap("solve")
     new = {layer.name: weight.to(layer.module.weight.dtype)}  # type: ignore[arg-type]
     before, after = (held.before, held.loss(new)) if held.images else (math.nan, math.nan)

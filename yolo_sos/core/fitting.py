@@ -73,7 +73,7 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Path:
+class RidgePath:
     """Solutions for ridges from strong to weak, and the one that does best on other rows.
 
     Attributes:
@@ -253,7 +253,7 @@ class _History:
 
 def fit_path(
     rows: Rows, others: Rows, prior: Tensor, loss: str = "binary", ridges: Sequence[float] | None = None
-) -> Path:
+) -> RidgePath:
     """Fit a layer for ridges from strong to weak, each from the last solution, and choose by the loss on other rows.
 
     Args:
@@ -265,8 +265,8 @@ def fit_path(
             mean curvature down, until the loss on the other rows rises or hardly falls any more.
 
     Returns:
-        (Path): The solutions' losses, and the best of them, to within the tolerance of comparisons, ``ROUGH``; of those
-            that hardly differ the strongest.
+        (RidgePath): The solutions' losses, and the best of them, to within the tolerance of comparisons, ``ROUGH``; of
+            those that hardly differ the strongest.
     """
     problem = RidgeProblem(rows, prior, loss)
     if ridges is None:
@@ -285,7 +285,7 @@ def fit_path(
         if idle == PATIENCE or losses[ridge] > limit:
             break
     best = next(solutions[ridge] for ridge in losses if losses[ridge] <= limit)
-    return Path(best, losses, null)
+    return RidgePath(best, losses, null)
 
 
 def _losses(loss: str, logits: Tensor, targets: Tensor) -> Tensor:

@@ -251,6 +251,5 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
 
 def write_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Write weights into a model's layers by their names, each as ``write_weight`` does."""
-    modules = dict(model.named_modules())
     for name, weight in weights.items():
-        write_weight(modules[name], weight)
+        write_weight(model.get_submodule(name), weight)

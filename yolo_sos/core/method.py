@@ -10,12 +10,6 @@ from yolo_sos.core import checks
 METHODS = ("expected", "principal", "budget", "full", "rows")
 SOLVERS = ("svd", "gauss")
 WEIGHTINGS = ("balanced", "confidence", "uniform")
-SETTING = {
-    "principal": "rank",
-    "expected": "rank",
-    "budget": "budget",
-    "rows": "rank",
-}  # its strength
 UNJUDGED = {"rank": 0.5, "budget": 0.01}  # where nothing is held out, so that no strength can be found
 # Budgets between which the guard searches. A shift that changes less is not worth writing; by more, as below a rank of
 # half of d, detectors lose mAP before their held-out loss tells (studies/voc07/strength.md).
@@ -59,24 +53,25 @@ class Method:
     @property
     def is_found(self) -> bool:
         """Whether the guard decides how strong a shift is, not a given rank or budget."""
-        return self.name in SETTING and getattr(self, SETTING[self.name]) is None
+        return self.name != "full" and (self.budget if self.name == "budget" else self.rank) is None
 
-    def at(self, strength: float | None) -> Method:
-        """Return the method with its rank or budget set.
+    def at(self, strength: float | None = None) -> Method:
+        """Return the method with its rank or budget set, if it has one to be found; itself if not.
 
         Args:
             strength (float, optional): From 0, which changes next to nothing, to 1. The rank falls linearly to half of
                 d, the budget grows geometrically to 0.1. None: a rank of half of d, or a budget of 0.01.
         """
-        if self.name not in SETTING:
+        if not self.is_found:
             return self
-        if SETTING[self.name] == "budget":
+        if self.name == "budget":
             budget = UNJUDGED["budget"] if strength is None else WEAKEST * (STRONGEST / WEAKEST) ** strength
             return replace(self, budget=budget)
         return replace(self, rank=UNJUDGED["rank"] if strength is None else 1.0 - strength / 2)
 
     def rank_of(self, d: int) -> int:
         """Return the rank for a layer of input size d, at least 1 and, except for drawn rows, at most d."""
-        rank = UNJUDGED["rank"] if self.rank is None else self.rank
+        rank = self.at().rank
+        assert rank is not None
         rank = max(1, round(rank * d)) if isinstance(rank, float) else rank
         return rank if self.name == "rows" else min(rank, d)

@@ -6,10 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK = {
-    "cpu": 1 << 11,
-    "cuda": 1 << 14,
-}  # rows: 5 MB at d = 320, which a cache can hold; 42 MB, worth starting a kernel
+# Rows that are made float64 at a time: 5 MB at d = 320, which a cache can hold; 42 MB, worth starting a kernel.
+CHUNK = {"cpu": 1 << 11, "cuda": 1 << 14}
 CAPACITY = 1 << 24  # bytes of a layer's rows that a sample holds on average: small beside a training step
 
 
@@ -178,15 +176,6 @@ class RowSample:
     def sample(self) -> Tensor:
         """The rows drawn, ``(at most size, d)``, in the features' dtype and device, as they arrived."""
         return self.take(self.size)
-
-    @property
-    def weighted(self) -> tuple[Tensor, Tensor]:
-        """The rows drawn ``(n, d)``, and how many rows each stands for ``(n,)``, on average: at least 1."""
-        if not self._parts:
-            return torch.empty(0, self.d), torch.empty(0)
-        self._select()
-        ((features, _, group, weight, _),) = self._parts
-        return features, (self._threshold[group] / weight).clamp(min=1.0).to(features.device)
 
     @property
     def moments(self) -> Moments:

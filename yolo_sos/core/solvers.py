@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from yolo_sos.core import checks
-from yolo_sos.core.method import SOLVERS, UNJUDGED, Method
+from yolo_sos.core.method import SOLVERS, Method
 from yolo_sos.core.moments import Moments, RowSample, as_float64
 
 OK, NON_FINITE, RANK_ZERO = "ok", "non-finite", "rank-zero"  # ShiftResult.status
@@ -312,5 +312,5 @@ def solve(method: Method, rows: Moments | RowSample, weight: Tensor) -> ShiftRes
     if method.name == "expected":
         return expected_shift(moments, weight, rows=method.rank_of(moments.d))
     if method.name == "budget":
-        return budgeted_shift(moments, weight, budget=UNJUDGED["budget"] if method.budget is None else method.budget)
+        return budgeted_shift(moments, weight, budget=method.at().budget)  # type: ignore[arg-type]
     return principal_shift(moments, weight, rank=None if method.name == "full" else method.rank_of(moments.d))

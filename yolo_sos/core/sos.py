@@ -112,7 +112,7 @@ class SOS:
         )
         self.start = checks.start("start", start)
         self.interval = checks.interval("interval", interval)
-        self.largest = checks.step("step", step)
+        self.largest = checks.up_to_1("step", step)
         self.guard = checks.guard("guard", guard)
         self.optimizer = optimizer
         self.seed = seed

@@ -3,11 +3,12 @@
 
 from yolo_sos._lazy import lazy_exports
 
-_MODULES = {  # public name → module: reading annotations needs neither OpenCV nor Ultralytics
-    **dict.fromkeys(("VOCAnnotation", "VOCObject", "read_annotation", "read_image_set", "write_annotation"), "voc"),
-    **dict.fromkeys(("ConversionReport", "convert_voc"), "convert"),
-    **dict.fromkeys(("check_complete", "image_size"), "images"),
-    "build_image_folder": "image_folder",
-}
-__all__ = sorted(_MODULES)
-__getattr__, __dir__ = lazy_exports(__name__, {name: f"{__name__}.{module}" for name, module in _MODULES.items()})
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {  # reading annotations needs neither OpenCV nor Ultralytics
+        "convert": ("ConversionReport", "convert_voc"),
+        "image_folder": ("build_image_folder",),
+        "images": ("check_complete", "image_size"),
+        "voc": ("VOCAnnotation", "VOCObject", "read_annotation", "read_image_set", "write_annotation"),
+    },
+)

@@ -12,17 +12,16 @@ these needs Ultralytics or torch; `detections`, which runs a model over a data s
 
 from yolo_sos._lazy import lazy_exports
 
-_MODULES = {  # public name → module
-    **dict.fromkeys(("Detections", "GroundTruth", "snap"), "boxes"),
-    **dict.fromkeys(("COCOResult", "coco_ap"), "coco"),
-    **dict.fromkeys(("Curve", "Matches", "VOCResult", "mean_ap", "voc_ap"), "voc"),
-    **dict.fromkeys(("Reliability", "Samples", "reliability", "samples_of"), "calibration"),
-    **dict.fromkeys(
-        ("read_coco_detections", "read_coco_truth", "write_coco_detections", "write_coco_truth"), "coco_files"
-    ),
-    **dict.fromkeys(("read_voc_detections", "voc_truth", "write_voc_detections"), "voc_files"),
-    **dict.fromkeys(("Scores", "report_json", "table"), "report"),
-    **dict.fromkeys(("plot_curves", "plot_reliability"), "plot"),
-}
-__all__ = sorted(_MODULES)
-__getattr__, __dir__ = lazy_exports(__name__, {name: f"{__name__}.{module}" for name, module in _MODULES.items()})
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "boxes": ("Detections", "GroundTruth", "snap"),
+        "calibration": ("Reliability", "Samples", "reliability", "samples_of"),
+        "coco": ("COCOResult", "coco_ap"),
+        "coco_files": ("read_coco_detections", "read_coco_truth", "write_coco_detections", "write_coco_truth"),
+        "plot": ("plot_curves", "plot_reliability"),
+        "report": ("Scores", "report_json", "table"),
+        "voc": ("Curve", "Matches", "VOCResult", "mean_ap", "voc_ap"),
+        "voc_files": ("read_voc_detections", "voc_truth", "write_voc_detections"),
+    },
+)

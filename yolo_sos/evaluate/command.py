@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import platform
 import shlex
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ from yolo_sos.evaluate.plot import plot_curves, plot_reliability
 from yolo_sos.evaluate.report import Scores, calibration_tables, notes, report_json, table, tables
 from yolo_sos.evaluate.voc import Matches, VOCResult, voc_result
 from yolo_sos.evaluate.voc_files import check_class_files, read_voc_detections, write_voc_detections
-from yolo_sos.files import write_text
+from yolo_sos.files import as_json, write_text
 
 
 def run(**options: Any) -> dict[str, Any]:
@@ -132,7 +131,7 @@ def _show(
         truth, runs, command=command, settings=settings, versions=versions, notes=remarks, averaged=not apart
     )
     if o.json:
-        write_text(o.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_text(o.json, as_json(report))
     listed = "\n".join(f"- {line}" for line in remarks)
     print(f"\n{text}\n{listed}")
     if o.markdown:
@@ -179,8 +178,10 @@ def _difference(checkpoints: Sequence[dict[str, Any]]) -> str:
         own = {**SOSConfig().to_dict(), **ours.get("settings", {})}
         for key, done in ours.items():
             if done and key not in ("version", "settings"):  # an operation of yolo-sos; of a command, with its settings
-                last = done[-1].get("settings") if isinstance(done, list) else None
-                own[key] = {k: v for k, v in (last or {}).items() if k not in OF_ONE_RUN}
+                last = done[-1] if isinstance(done, list) else done
+                chosen = last.get("settings", {}) if isinstance(last, dict) else {}
+                found = ("rank", "budget") if chosen.get("found") else ()  # by the guard, for each model its own
+                own[key] = {k: v for k, v in chosen.items() if k not in (*OF_ONE_RUN, *found)}
         settings.append({**given, **own})
     keys = sorted({key for one in settings for key in one})
     differ = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]

@@ -58,7 +58,13 @@ class DataSet:
         """
         if self.xml:
             sizes = {s: d["shape"] for s, d in zip(self.stems(), self.labels, strict=True)}
-            return xml_truth(self.xml, self.path, sizes)
+            try:
+                return xml_truth(self.xml, self.path, sizes)
+            except ValueError as e:
+                raise ValueError(
+                    f"{e}. Make the annotations fit {self.path}, or leave out its key 'voc': then the YOLO labels are "
+                    "the truth, which do not know difficult objects."
+                ) from e
         labels = sorted(self.labels, key=lambda d: Path(d["im_file"]).stem)
         boxes = []
         for d in labels:  # fractions of the image's size

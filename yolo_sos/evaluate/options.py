@@ -9,12 +9,11 @@ from typing import Any
 
 from yolo_sos.arguments import Options, option, several
 from yolo_sos.builtin import resolve_data
-from yolo_sos.core.checks import at_least, boolean, invalid, number, optional
+from yolo_sos.core.checks import at_least, boolean, invalid, number, optional, up_to_1
 
 PICTURES = (".pdf", ".png", ".svg")
 SECTIONS = SOURCES, METRICS, MODEL, OUTPUT = "What to judge:", "Metrics:", "To run a model:", "Output:"
 _paths = optional(several("paths"))
-_above_0 = number("a number above 0 and up to 1", lambda x: 0 < x <= 1)
 _share = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 
@@ -54,9 +53,9 @@ class EvalOptions(Options):
         None, "ground truth: a VOC tree or COCO annotations; that of the data if not given", _text, SOURCES
     )
     split: str = option("test", "split of the data set, or image set of the VOC tree", _text, SOURCES)
-    iou: float = option(0.5, "IoU threshold of the devkit's metric", _above_0, METRICS)
+    iou: float = option(0.5, "IoU threshold of the devkit's metric", up_to_1, METRICS)
     precision: float = option(
-        0.9, "precision that a threshold on the score is reported for, by class", _above_0, METRICS
+        0.9, "precision that a threshold on the score is reported for, by class", up_to_1, METRICS
     )
     coco_backend: str = option("pycocotools", "pycocotools, or a faster one of the extra eval", _text, METRICS)
     conf: float = option(0.001, "least confidence of a detection", _share, MODEL)

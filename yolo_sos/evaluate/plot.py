@@ -11,7 +11,7 @@ import numpy as np
 
 from yolo_sos.evaluate.calibration import Reliability
 from yolo_sos.evaluate.voc import VOCResult
-from yolo_sos.files import atomic_path
+from yolo_sos.files import save_figure
 
 COLUMNS = 5  # panels side by side: VOC's 20 classes fill four rows
 
@@ -68,8 +68,7 @@ def plot_curves(
         legend = figure.legend(lines, runs, loc="outside lower center", fontsize=8)
         for text in legend.get_texts():
             text.set_parse_math(False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def plot_reliability(
@@ -105,8 +104,7 @@ def plot_reliability(
         counts.yaxis.set_minor_formatter(NullFormatter())  # its own writes 2×10⁰
         for axis in (curve, counts):
             axis.grid(alpha=0.3)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def _envelope(recall: np.ndarray, precision: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

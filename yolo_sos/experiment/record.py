@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any
 
 from yolo_sos.config import RECIPE, SOSConfig
-from yolo_sos.files import finite, read_json, write_text
+from yolo_sos.files import as_json, finite, read_json, write_text
 
 FIELDS: dict[str, tuple[type, ...]] = {  # what every record holds
     "experiment": (str,),
@@ -35,7 +35,7 @@ def record_path(results: str | Path, experiment: str, arm: str, seed: int) -> Pa
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write a record, atomically; a metric that is not finite becomes null, as JSON has no such number."""
-    write_text(path, json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
+    write_text(path, as_json(record))
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def difference(one: dict[str, Any], other: dict[str, Any], besides: tuple[str, .
     A setting that a record of an older release lacks counts as its default, and its ``sos_solver=qr`` as ``svd``, which
     computes the same weights. The settings of a shift do not count where one of the two does not shift.
     """
-    defaults = SOSConfig.from_dict({}).to_dict()
+    defaults = SOSConfig().to_dict()
     one, other = (finite({**defaults, **config}) for config in (one, other))
     for config in one, other:
         config["sos_solver"] = config["sos_solver"].replace("qr", "svd")

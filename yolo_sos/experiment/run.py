@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import traceback
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from yolo_sos.core import weight_matrix
 from yolo_sos.experiment.arms import Arm
 from yolo_sos.experiment.judge import judge, judged_settings
 from yolo_sos.experiment.record import difference, read_rows, wall_time
-from yolo_sos.files import read_json, write_text
+from yolo_sos.files import as_json, read_json, write_text
 from yolo_sos.trainers import TRAINERS
 from yolo_sos.versions import git_commit, versions
 from yolo_sos.yolo import final_layers
@@ -161,7 +160,7 @@ def train(run: Run) -> None:
             trainer, device = finishing(trainer), device.strip("[]").split(",")[0]  # no epoch to share between devices
         model.train(trainer=trainer, resume=True, device=device, data=run.data)
         return
-    write_text(run.folder / BEGUN, json.dumps(run.arm.config, indent=1) + "\n")
+    write_text(run.folder / BEGUN, as_json(run.arm.config))
     settings = {**run.arm.settings, "data": run.data}
     # By name, not from a YOLO object: Ultralytics decides what `pretrained` and `model` mean together.
     model = YOLO(resolve_model(settings.pop("model")), task=settings.pop("task", None))

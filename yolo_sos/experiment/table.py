@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import re
@@ -21,7 +19,7 @@ from ultralytics.utils import LOGGER, colorstr, plt_settings
 
 from yolo_sos.experiment.record import Record, difference
 from yolo_sos.experiment.statistics import holm, least_p, mean_and_std, sign_flip_p, t_interval
-from yolo_sos.files import atomic_path, finite, write_text
+from yolo_sos.files import as_csv, as_json, finite, save_figure, write_text
 from yolo_sos.markdown import markdown_table
 
 PREFIX = colorstr("table: ")
@@ -171,7 +169,7 @@ class ResultTable:
         text = self.markdown()
         write_text(self.folder / "table.md", text)
         write_text(self.folder / "table.csv", self.csv())
-        write_text(self.folder / "table.json", json.dumps(self.json(), indent=1, allow_nan=False) + "\n")
+        write_text(self.folder / "table.json", as_json(self.json()))
         LOGGER.info(text)
         self.plot(self.folder / "table.png")
         LOGGER.info(f"{PREFIX}wrote {self.folder / 'table'}.md, .csv, .json and .png")
@@ -249,11 +247,7 @@ class ResultTable:
 
     def csv(self) -> str:
         """Return one row per split, metric and arm; empty where a figure is not defined."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(self.rows[0].figures), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(finite(row.figures) for row in self.rows)
-        return text.getvalue()
+        return as_csv([finite(row.figures) for row in self.rows])
 
     def json(self) -> dict[str, Any]:
         """Return the rows of the CSV with the values behind them, and the arms; None where a figure is not defined."""
@@ -307,8 +301,7 @@ class ResultTable:
         axes[0][0].set_ylim(len(arms) - 0.5, -0.5)  # from top to bottom, as in the table
         names = ["one seed", "mean", f"{LEVEL:.0%} interval"]
         fig.legend([dots, mean, interval], names, loc="outside lower center", ncols=3, fontsize=9)
-        with atomic_path(path) as temporary:
-            fig.savefig(temporary, dpi=200)
+        save_figure(fig, path, dpi=200)
         plt.close(fig)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_sos.core import FinalLayer, affine_matrix, fold
-from yolo_sos.core.checks import boolean, choice, invalid, number
+from yolo_sos.core.checks import boolean, choice, number, up_to_1
 from yolo_sos.evaluate.boxes import GroundTruth
 from yolo_sos.evaluate.calibration import LEAST_SCORE
 from yolo_sos.evaluate.plot import plot_reliability
@@ -19,6 +20,7 @@ from yolo_sos.files import atomic_path, write_text
 from yolo_sos.yolo.calibrate_report import BranchReport, CalibrationReport
 from yolo_sos.yolo.classes import class_layers
 from yolo_sos.yolo.evidence import evidence
+from yolo_sos.yolo.heads import CLASS_KINDS
 from yolo_sos.yolo.job import CheckpointJob, check_free
 from yolo_sos.yolo.recording import Pass, branch_arguments, read_truth, record
 
@@ -45,37 +47,19 @@ class CheckpointCalibration(CheckpointJob):
         iou: float | str = 0.5,
         precision: float = 0.9,
         images: int | str = "all",
-        imgsz: int | None = None,
-        batch: int | None = None,
-        device: str | int | None = None,
-        seed: int = 0,
-        exist_ok: bool = False,
+        **options: Any,
     ):
         """Check the options, then everything else as ``CheckpointJob``."""
         self.per_class = boolean("per_class", per_class)
         self.split = choice("val", "train")("split", split)
-        valid = iou == "soft" or (type(iou) in (int, float) and 0 < iou <= 1)  # type: ignore[operator]
-        if not valid:
-            raise invalid("iou", iou, "a number above 0 and up to 1, or soft")
-        self.iou = iou
-        self.precision = number("a number above 0 and up to 1", lambda x: 0 < x <= 1)("precision", precision)
-        if images != "all":
-            number("an integer of at least 2, or all", lambda x: x >= 2, integer=True)("images", images)
-        self.count = images if isinstance(images, int) else None
-        super().__init__(
-            model,
-            data,
-            kinds=("cls", "linear"),
-            sizes=lambda available: {},
-            imgsz=imgsz,
-            batch=batch,
-            device=device,
-            seed=seed,
-            val=False,
-            exist_ok=exist_ok,
-        )
+        valid_iou = number("a number above 0 and up to 1, or soft", lambda x: 0 < x <= 1)
+        self.iou = iou if iou == "soft" else valid_iou("iou", iou)
+        self.precision = up_to_1("precision", precision)
+        valid_images = number("an integer of at least 2, or all", lambda x: x >= 2, integer=True)
+        self.count: int | None = None if images == "all" else valid_images("images", images)
+        super().__init__(model, data, kinds=CLASS_KINDS, sizes=lambda available: {}, val=False, **options)
         self.classes = [str(name) for name in self.model.names.values()]  # type: ignore[operator, union-attr]
-        self.truths = {self.split: self._truth(self.split)}
+        self.truths = {self.split: _truth_of(self, self.split)}
         self.judge = self._judge()
 
     @classmethod
@@ -83,13 +67,14 @@ class CheckpointCalibration(CheckpointJob):
         """Raise unless ``after`` can calibrate the checkpoint that another job is to write, the first of its outputs.
 
         Raises:
-            ValueError: If the job leaves out the val split.
+            ValueError: If the job leaves out the val split, or this has no objects to calibrate on.
             FileExistsError: If a result of the calibration exists already and may not be replaced.
         """
         if not job.splits:
             raise ValueError("calibrate=true is fitted on what val=true finds in the val split: leave val on.")
         path = job.outputs[0]
         check_free([path.with_name(name.format(path.stem)) for name in cls.names], exist_ok)
+        _truth_of(job, "val")
 
     @classmethod
     def after(cls, job: CheckpointJob, seen: Pass | None = None) -> CalibrationReport:
@@ -148,16 +133,20 @@ class CheckpointCalibration(CheckpointJob):
         self, one2one: bool | None, layers: list[FinalLayer], seen: Pass | None
     ) -> tuple[BranchReport, dict[str, Tensor]]:
         """Fit, fold and judge one branch of the head; return its report, and its weights by layer name."""
-        args = {**self.data.args, "rect": True, **({} if one2one is None else branch_arguments(one2one))}
-        run = self.checkpoint.validator, args, self.model
-        seen = seen or record(run[0], {**args, "split": self.split}, self.model, (), self.count, self.seed)
+        branch_args = {} if one2one is None else branch_arguments(one2one)
+
+        def run(split: str, images: int | None, weights: Sequence[dict[str, Tensor]] = ()) -> Pass:
+            args = self.data.validation(split, **branch_args)
+            return record(self.checkpoint.validator, args, self.model, weights, images, self.seed)
+
+        seen = seen or run(self.split, self.count)
         task, truth = self.checkpoint.task, self.truths[self.split]
         fitted_on = evidence(seen, 0, truth, task, self.iou)
         mapping = fitted_on.fit(self.per_class)
         weights = {layer.name: self._folded(layer, mapping.scale, mapping.shift) for layer in layers}
         crossed = self.judge == self.split
-        images = self.count if crossed else None  # each half of those fitted on judges the map of the other
-        judged = record(run[0], {**args, "split": self.judge}, self.model, [weights], images, self.seed)
+        # Where it is one split, each half of the images that were fitted on judges the map of the other.
+        judged = run(self.judge, self.count if crossed else None, [weights])
         truth = self.truths[self.judge]
         before = evidence(judged, 0, truth, task, self.iou)
         after = evidence(judged, 1, truth, task, self.iou)
@@ -176,12 +165,8 @@ class CheckpointCalibration(CheckpointJob):
             metrics_after=judged.metrics[1],
             thresholds_before=before.thresholds(self.precision),
             thresholds_after=after.thresholds(self.precision),
-            detections=(),
+            detections=() if truth is None else _detections(judged),
         )
-        if truth is not None:
-            counts = [[len(rows) for _, rows in records] for records in judged.records]
-            full = [sum(n >= judged.max_det for n in of) for of in counts]
-            branch = replace(branch, detections=(sum(counts[0]), sum(counts[1]), full[0], full[1]))
         return branch, weights
 
     def _folded(self, layer: FinalLayer, scale: Tensor, shift: Tensor) -> Tensor:
@@ -194,31 +179,38 @@ class CheckpointCalibration(CheckpointJob):
             raise ValueError(f"{layer.name}: half precision cannot hold its calibrated weights.")
         return rounded.to(weight.dtype)
 
-    def _truth(self, split: str) -> GroundTruth | None:
-        """Open a split, and return its objects; None for a classifier.
-
-        Raises:
-            ValueError: If there is no object in it.
-        """
-        self.data.check(split)
-        if self.checkpoint.task == "classify":
-            return None
-        truth = read_truth(self.data.args, split)
-        if not truth.positives().any():
-            raise ValueError(f"{self.data.args['data']}, split '{split}': no image has an object to calibrate on.")
-        return truth
-
     def _judge(self) -> str:
         """Return the split to judge on: test if there is one with objects, else val."""
-        if self.data.has("test"):
+        if self.data.content.get("test"):
             try:
-                self.truths["test"] = self._truth("test")
+                self.truths["test"] = _truth_of(self, "test")
                 return "test"
             except (OSError, ValueError) as e:  # images or labels that are not published
                 LOGGER.warning(f"{PREFIX}the test split cannot be judged on, val takes its place: {e}")
         if self.split != "val":
-            self.truths["val"] = self._truth("val")
+            self.truths["val"] = _truth_of(self, "val")
         return "val"
+
+
+def _detections(judged: Pass) -> tuple[int, ...]:
+    """Return ``BranchReport.detections``."""
+    counts = [[len(rows) for _, rows in records] for records in judged.records]
+    return *map(sum, counts), *(sum(n >= judged.max_det for n in of) for of in counts)
+
+
+def _truth_of(job: CheckpointJob, split: str) -> GroundTruth | None:
+    """Open a split of a job's data, and return its objects; None for a classifier.
+
+    Raises:
+        ValueError: If there is no object in it, or the annotations do not fit the data set.
+    """
+    job.data.open(split)
+    if job.checkpoint.task == "classify":
+        return None
+    truth = read_truth(job.data.args, split)
+    if not truth.positives().any():
+        raise ValueError(f"{job.data.args['data']}, split '{split}': no image has an object to calibrate on.")
+    return truth
 
 
 def calibrate_checkpoint(model: str | Path, data: str | Path | None = None, **options: Any) -> CalibrationReport:

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from yolo_sos.core import OWN_MAP, AffineMap
 from yolo_sos.evaluate.calibration import LEAST_SCORE, Reliability
-from yolo_sos.files import finite
+from yolo_sos.files import as_json
 from yolo_sos.markdown import markdown_table
 
 FALL = 0.001  # of mAP50-95, or of a classifier's accuracy, that is allowed: rounding the weights to half moves it, too
@@ -138,7 +137,7 @@ class CalibrationReport:
 
     def to_json(self) -> str:
         """Return the report as JSON; what is not a number there is null."""
-        return json.dumps(finite(self.to_dict()), indent=2) + "\n"
+        return as_json(self.to_dict())
 
     def table(self) -> str:
         """Return the report as text, in Markdown."""
@@ -176,20 +175,26 @@ class CalibrationReport:
         )
         head, rows = ["class"], [[name] for name in self.classes]
         if OWN_MAP in m.status:
-            shared = [f"{name} ({why[8:]})" for name, why in zip(self.classes, m.status, strict=True) if why != OWN_MAP]
+            others = [(name, why) for name, why in zip(self.classes, m.status, strict=True) if why != OWN_MAP]
+            shared = [f"{name} ({_reason(why)})" for name, why in others]
             lines = [f"The map of all classes serves {', '.join(shared)}."] if shared else []
             head += ["a", "b"]
             rows = [[*row, *ab] for row, *ab in zip(rows, scale, shift, strict=True)]
         else:
             lines = [f"One map for all classes: z → a·z + b, a = {scale[0]}, b = {shift[0]}."]
             if self.settings["per_class"]:
-                lines.append(f"No class has one of its own, such as {self.classes[0]} ({m.status[0][8:]}).")
+                lines.append(f"No class has one of its own, such as {self.classes[0]} ({_reason(m.status[0])}).")
         if b.thresholds_before:
             of = f"for precision {self.settings['precision']:g}"
             head += ["best F1 at", "after", "F1", "after", of, "after", "recall", "after"]
             for row, *both in zip(rows, b.thresholds_before, b.thresholds_after, strict=True):
                 row += [_number(t[k]) for k in ("best_f1", "f1", "precision", "recall") for t in both]
         return lines if len(head) == 1 else [*lines, "", markdown_table([head, *rows]).rstrip()]
+
+
+def _reason(status: str) -> str:
+    """Return why a class shares the map of all, see ``AffineMap.status``."""
+    return status.partition(": ")[2]
 
 
 def _number(value: float) -> str:

@@ -17,13 +17,17 @@ from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from yolo_sos import __version__
 from yolo_sos.config import CHECKPOINT_KEY, SOSConfig
-from yolo_sos.core import FinalLayer, write_weights
+from yolo_sos.core import write_weights
 from yolo_sos.core.checks import invalid
 from yolo_sos.yolo.heads import final_layers
 
+# What a checkpoint holds under our key that was not trained with SOS: its training goes on without SOS. Plain values
+# only, since a class of ours would make it unreadable without yolo_sos.
+UNTRAINED = {"version": __version__, "settings": SOSConfig().to_dict()}
+
 
 class Checkpoint:
-    """A trained checkpoint whose final layers can be rewritten; what is none is refused with the reason.
+    """A trained checkpoint whose final layers can be rewritten; anything else is refused with the reason.
 
     Args:
         path (str | Path): A ``.pt`` of Ultralytics, finished or to be resumed, of half or full precision.
@@ -61,25 +65,20 @@ class Checkpoint:
             raise TypeError(f"{path} is not a checkpoint of Ultralytics, or damaged: {type(e).__name__}: {e}") from e
         self.path = Path(yolo.ckpt_path)
         self.model: nn.Module = yolo.model
-        self.layers = self._check(self.path, self.model)
+        self.layers = final_layers(self.model)
+        if self.model.is_fused():  # type: ignore[operator]
+            raise ValueError(
+                f"{self.path} holds a fused model: its BatchNorm layers are folded into the convolutions, so it can "
+                "neither be trained further nor keep the statistics that its features rest on. Take the checkpoint "
+                "that the training wrote."
+            )
+        for name, tensor in self.model.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{self.path}: {name} holds values that are not finite (NaN or Inf).")
         self.task: str = yolo.task
         self.validator: type[Any] = yolo._smart_load("validator")
         self.args: dict[str, Any] = {**DEFAULT_CFG_DICT, **(yolo.ckpt.get("train_args") or {})}
         self.model.args = IterableSimpleNamespace(**self.args)  # Ultralytics' losses read their gains here
-
-    @staticmethod
-    def _check(path: Path, model: nn.Module) -> list[FinalLayer]:
-        layers = final_layers(model)
-        if model.is_fused():  # type: ignore[operator]
-            raise ValueError(
-                f"{path} holds a fused model: its BatchNorm layers are folded into the convolutions, so it can neither "
-                "be trained further nor keep the statistics that its features rest on. Take the checkpoint that the "
-                "training wrote."
-            )
-        for name, tensor in model.state_dict().items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"{path}: {name} holds values that are not finite (NaN or Inf).")
-        return layers
 
     def save(self, path: Path, weights: dict[str, Tensor], note: dict[str, Any], key: str = "shifts") -> None:
         """Write the checkpoint as it is, but for other weights and a note; in half precision, as Ultralytics saves.
@@ -96,9 +95,7 @@ class Checkpoint:
         model = ckpt.get("ema") or ckpt["model"]
         model.half()
         write_weights(model, weights)
-        # Plain values only: a class of ours would make the checkpoint unreadable without yolo_sos. The settings are
-        # those of a training with SOS, which resumes by them; other checkpoints resume without SOS.
-        before = ckpt.get(CHECKPOINT_KEY) or {"version": __version__, "settings": SOSConfig.from_dict({}).to_dict()}
+        before = ckpt.get(CHECKPOINT_KEY) or UNTRAINED
         ckpt[CHECKPOINT_KEY] = {**before, key: [*before.get(key, []), {"version": __version__, **note}]}
         write_checkpoint(path, ckpt)
 

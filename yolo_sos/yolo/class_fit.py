@@ -26,7 +26,7 @@ from yolo_sos.core import (
 from yolo_sos.yolo.class_rows import ClassRows
 from yolo_sos.yolo.classes import priors
 from yolo_sos.yolo.heads import YoloTask
-from yolo_sos.yolo.images import HELD_OUT, ImageSample
+from yolo_sos.yolo.images import HELD_OUT, ImageSample, counted
 
 IMAGES = 300  # to fit on by default, a fourth of them to choose the ridge first
 PER_CLASS = 10  # images at least, of many classes
@@ -97,21 +97,17 @@ def fit_classes(
         progress (bool): Whether to show a bar.
     """
     task = YoloTask(model)
-    rows = ClassRows(model, task, seed)
+    rows = ClassRows(task, seed)
     engine = Engine(model, rows.layers, task)
     starts = priors(model, known)
     total = sum(len(images.sets[name]) for name in ("fit", "selection"))
     some = math.ceil(total / FIRST)
     with TQDM(total=total + some, desc="fit images", unit="img", disable=not progress) as bar:
-
-        def counted(name: str, count: int | None = None):
-            for batch in images.batches(name, count):
-                yield batch
-                bar.update(len(batch["img"]))
-
-        scores, scored = _first(rows, engine, counted("fit", some), some, known, starts)
+        scores, scored = _first(rows, engine, counted(images.batches("fit", some), bar), some, known, starts)
         with temporary_weights(rows.layers, scores):
-            fit, selection = (rows.collect(engine, counted(name), total, scored) for name in ("fit", "selection"))
+            fit, selection = (
+                rows.collect(engine, counted(images.batches(name), bar), total, scored) for name in ("fit", "selection")
+            )
     engine.watch.lap("rows")
     weights, layers = {}, []
     shown = torch.zeros(len(model.names))  # type: ignore[arg-type]

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ from torch import Tensor, nn
 from ultralytics.nn.modules import Classify
 
 from yolo_sos.core import Engine, FinalLayer, Rows, input_rows
-from yolo_sos.yolo.classes import class_layers
-from yolo_sos.yolo.heads import YoloTask
+from yolo_sos.yolo.heads import CLASS_KINDS, YoloTask, branches_of, layers_of_kinds
 
 # Background rows of each image and level. On COCO → VOC07 at 320 px (1,600, 400 and 100 anchor points), 300 images, the
 # loss on other images is 3 % less than with 25 in all, and within 1 % of that with all of them.
@@ -21,50 +21,68 @@ MOST = 200_000  # background rows of a layer: of many images, fewer each
 
 
 class Assignments:
-    """Captures the targets that Ultralytics' assigners give to anchor points; a context manager.
+    """Captures what Ultralytics' assigners give to anchor points; a context manager.
 
-    A criterion assigns objects to anchor points by its predicted boxes and class scores. Here the scores of classes
-    that are yet to be fitted are all alike, so that only the overlap of the boxes decides: they say nothing.
+    A criterion assigns objects to anchor points by its predicted boxes and class scores. Where ``known`` is given, the
+    scores of all other classes are made alike, so that only the overlap of the boxes decides: they say nothing.
 
     Args:
-        criterion (Callable): Ultralytics' criterion of a model.
-        branches (Iterable[str]): The branches of its head, each with an assigner of its own where there are several.
-        known (Iterable[int]): Classes whose scores say something.
+        task (YoloTask): A detector's; each branch of its head has an assigner of its own.
+        known (Iterable[int], optional): Classes whose scores say something. None: all.
     """
 
-    def __init__(self, criterion: Any, branches: Iterable[str], known: Iterable[int]):
+    def __init__(self, task: YoloTask, known: Iterable[int] | None = None):
         """Find the assigners."""
-        self._known = list(known)
-        self._assigners: dict[str, nn.Module] = {b: getattr(criterion, b, criterion).assigner for b in branches}
+        branches = branches_of(task.head)  # type: ignore[arg-type]
+        layers = layers_of_kinds(task.layers, ("cls",))
+        levels = len(layers) // len(branches)
+        self._layers = {name: layers[i * levels : (i + 1) * levels] for i, name in enumerate(branches)}
+        criterion: Any = task.criterion
+        self._assigners = {name: getattr(criterion, name, criterion).assigner for name in branches}
+        self._known = None if known is None else list(known)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._targets: dict[str, Tensor] = {}
+        self._outputs: dict[str, tuple[Tensor, ...]] = {}
 
     def __enter__(self) -> Assignments:
         """Register the hooks."""
         for branch, assigner in self._assigners.items():
-
-            def alike(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                scores = torch.full_like(args[0], 0.5)
-                scores[..., self._known] = args[0][..., self._known]
-                return scores, *args[1:]
-
-            def keep(_: nn.Module, args: Any, output: tuple[Tensor, ...], branch: str = branch) -> None:
-                self._targets[branch] = output[2]  # soft class targets, (B, anchor points, C)
-
-            self._handles += [assigner.register_forward_pre_hook(alike), assigner.register_forward_hook(keep)]
+            self._handles.append(assigner.register_forward_hook(partial(self._keep, branch)))
+            if self._known is not None:
+                self._handles.append(assigner.register_forward_pre_hook(self._alike))
         return self
+
+    def _keep(self, branch: str, _: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
+        self._outputs[branch] = output
+
+    def _alike(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        scores = torch.full_like(args[0], 0.5)
+        scores[..., self._known] = args[0][..., self._known]
+        return scores, *args[1:]
 
     def __exit__(self, *exc) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._targets = {}
+        self._outputs = {}
 
-    def take(self) -> dict[str, Tensor]:
-        """Return the targets of the last batch, by branch, and release them."""
-        targets, self._targets = self._targets, {}
-        return targets
+    def take(self, inputs: dict[str, Tensor]) -> Iterator[tuple[FinalLayer, Tensor, Tensor]]:
+        """Yield what the last batch's anchor points were given, by class layer, and release it.
+
+        Args:
+            inputs (dict[str, Tensor]): Layer name → its input, ``(B, d, H, W)``.
+
+        Yields:
+            layer (FinalLayer): The class layer.
+            targets (Tensor): Soft targets of its anchor points, ``(B, H·W, C)``.
+            labels (Tensor): The class of the object that a point is assigned to, −1 for the background, ``(B, H·W)``.
+        """
+        outputs, self._outputs = self._outputs, {}
+        for branch, (labels, _, targets, foreground, *_) in outputs.items():
+            layers = self._layers[branch]
+            points = [inputs[layer.name].shape[-2:].numel() for layer in layers]
+            parts = targets.split(points, 1), torch.where(foreground.bool(), labels.long(), -1).split(points, 1)
+            yield from zip(layers, *parts, strict=True)
 
 
 class ClassRows:
@@ -74,16 +92,14 @@ class ClassRows:
     weighted by how many it stands for. A classifier has one row per image.
 
     Args:
-        model (nn.Module): The model.
-        task (YoloTask): Its task.
+        task (YoloTask): The task of the model.
         seed (int): Draws the background.
     """
 
-    def __init__(self, model: nn.Module, task: YoloTask, seed: int):
+    def __init__(self, task: YoloTask, seed: int):
         """Find the layers."""
         self.task = task
-        self.branches = class_layers(model)
-        self.layers = [layer for of in self.branches.values() for layer in of]
+        self.layers = layers_of_kinds(task.layers, CLASS_KINDS)
         self.loss = "softmax" if isinstance(task.head, Classify) else "binary"
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -110,15 +126,12 @@ class ClassRows:
 
             engine.run(batches, add, "rows")
         else:
-            with Assignments(self.task.criterion, self.branches, known) as assigned:
+            with Assignments(self.task, known) as assigned:
 
                 def add(batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
                     self.task.loss(output, batch)  # which asks the assigners
-                    for branch, targets in assigned.take().items():
-                        layers = self.branches[branch]
-                        points = [inputs[layer.name].shape[-2:].numel() for layer in layers]
-                        for layer, of in zip(layers, targets.split(points, 1), strict=True):
-                            parts[layer.name].append(self._drawn(layer, inputs[layer.name], of, background))
+                    for layer, targets, _ in assigned.take(inputs):
+                        parts[layer.name].append(self._drawn(layer, inputs[layer.name], targets, background))
 
                 engine.run(batches, add, "rows")
         return {name: Rows.cat(of) for name, of in parts.items()}

@@ -15,20 +15,19 @@ from ultralytics import __version__ as ultralytics_version
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import DEFAULT_CFG_KEYS, LOGGER, YAML, colorstr
 
-from yolo_sos import __version__
-from yolo_sos.config import CHECKPOINT_KEY, SOSConfig
-from yolo_sos.core import Engine, write_weights
+from yolo_sos.config import CHECKPOINT_KEY
+from yolo_sos.core import write_weights
 from yolo_sos.core.checks import boolean, number, optional
 from yolo_sos.files import atomic_path, write_text
 from yolo_sos.yolo.calibrate import CheckpointCalibration
 from yolo_sos.yolo.calibrate_report import CalibrationReport
-from yolo_sos.yolo.checkpoint import Checkpoint, write_checkpoint
+from yolo_sos.yolo.checkpoint import UNTRAINED, Checkpoint, write_checkpoint
+from yolo_sos.yolo.checkpoint_data import CheckpointData
 from yolo_sos.yolo.class_fit import LEAST, ClassFit, default_images, fit_classes, fit_sizes
-from yolo_sos.yolo.class_rows import ClassRows
 from yolo_sos.yolo.classes import append_classes, known_classes, listed, resized
 from yolo_sos.yolo.fit_report import CheckpointFitReport, class_records
-from yolo_sos.yolo.heads import YoloTask, head_of
-from yolo_sos.yolo.images import CheckpointData, ImageSample, covering_order, object_classes
+from yolo_sos.yolo.heads import CLASS_KINDS, YoloTask, head_of
+from yolo_sos.yolo.images import covering_order, object_classes
 from yolo_sos.yolo.job import CheckpointJob
 from yolo_sos.yolo.score import class_scores
 
@@ -62,10 +61,9 @@ class FitData(CheckpointData):
                     f"{self.args['data']} has {what} {theirs}, the model {ours}: more than class layers would be new."
                 )
 
-    def sample(self, sizes: dict[str, int], seed: int) -> ImageSample:
-        """Return random sets of the training images, in which each class is to be seen if that can be."""
-        order = covering_order(self.shown, LEAST, seed)
-        return ImageSample(self.dataset, self._validator.preprocess, self.batch, sizes, seed, order=order)
+    def order(self, seed: int) -> list[int]:
+        """Return a random order in which each class is seen early, if that can be."""
+        return covering_order(self.shown, LEAST, seed)
 
 
 class CheckpointFit(CheckpointJob):
@@ -106,7 +104,7 @@ class CheckpointFit(CheckpointJob):
         def sizes(available: int) -> dict[str, int]:
             return fit_sizes(available, None if images == "all" else images or default_images(len(self.data.names)))  # type: ignore[arg-type]
 
-        super().__init__(model, data, kinds=("cls", "linear"), sizes=sizes, **options)
+        super().__init__(model, data, kinds=CLASS_KINDS, sizes=sizes, **options)
         if self.calibrate:
             CheckpointCalibration.check_after(self, options.get("exist_ok", False))
         self._check_classes()
@@ -119,6 +117,7 @@ class CheckpointFit(CheckpointJob):
         self.known = known_classes(self.data.names, self.checkpoint.model.names)  # type: ignore[arg-type]
         self.model = resized(self.checkpoint.model, self.data.names, self.seed).to(self.device)
         self.model.args = self.checkpoint.model.args
+        self.task = YoloTask(self.model)
 
     def _check_classes(self) -> None:
         names, checkpoint = self.data.names, self.checkpoint
@@ -190,16 +189,13 @@ class CheckpointFit(CheckpointJob):
         write_weights(self.model, fit.weights)
         note = {"images": report.images, "settings": report.settings, "ridges": [x.ridge for x in report.layers]}
         self._save(path, self.model, note)
-        model, _ = load_checkpoint(path, device=self.device)
-        task = YoloTask(model, self.model.init_criterion())  # type: ignore[operator]
-        engine = Engine(model, ClassRows(model, task, self.seed).layers, task)
-        after = engine.hold_out(self.images.batches("heldout")).before
-        if not after < report.heldout_before:
+        written = self.read_back(path)
+        if not written.before < report.heldout_before:
             raise ValueError(
-                f"Rounded to half precision, the model has a held-out loss of {after:.5g}, not below the "
+                f"Rounded to half precision, the model has a held-out loss of {written.before:.5g}, not below the "
                 f"{report.heldout_before:.5g} before the fit. Nothing was written."
             )
-        metrics, scores = self._scores(model) if self.splits else ({}, {})
+        metrics, scores = self._scores(written.model) if self.splits else ({}, {})
         classes = class_records(self.data.names, self.known, self.data.shown, fit.shown, scores_before, scores)
         old: list[dict[str, float]] = [{}, {}]
         if self.add:
@@ -209,7 +205,7 @@ class CheckpointFit(CheckpointJob):
                 old = [self._old(m) for m in (self.checkpoint.model, load_checkpoint(path, device=self.device)[0])]
         return replace(  # type: ignore[call-arg]
             report,
-            heldout_after=after,
+            heldout_after=written.before,
             classes=classes,
             metrics_before=before,
             metrics_after=metrics,
@@ -218,16 +214,16 @@ class CheckpointFit(CheckpointJob):
         )
 
     def _scores(self, model: nn.Module) -> tuple[dict[str, float], dict[int, float]]:
-        return class_scores(self.checkpoint.validator, {**self.data.args, "split": "val", "rect": True}, model)
+        return class_scores(self.checkpoint.validator, self.data.validation("val"), model)
 
     def _old(self, model: nn.Module) -> dict[str, float]:
         """Return the metrics of the old classes on their own val split, with whatever classes the model has."""
-        args = {**self.old_data.args, "split": "val", "rect": True}
         content = {k: v for k, v in self.old_data.content.items() if k in ("train", "val", "kpt_shape", "flip_idx")}
         with TemporaryDirectory() as folder:
             path = Path(folder) / "old.yaml"
             YAML.save(path, {**content, "names": dict(model.names)})  # type: ignore[arg-type]
-            return class_scores(self.checkpoint.validator, {**args, "data": str(path)}, model)[0]
+            args = self.old_data.validation("val", data=str(path))
+            return class_scores(self.checkpoint.validator, args, model)[0]
 
     def _save(self, path: Path, model: nn.Module, note: dict[str, Any]) -> None:
         """Write a model as Ultralytics writes one at the end of a training, with a note in plain values."""
@@ -240,11 +236,7 @@ class CheckpointFit(CheckpointJob):
             **{"scaler": None, "train_args": {**args, **own, "resume": False}, "train_metrics": {}},
             **{"train_results": {}, "date": datetime.now().astimezone().isoformat(), "version": ultralytics_version},
             **{"license": "AGPL-3.0 (https://ultralytics.com/license)", "docs": "https://docs.ultralytics.com"},
-            # The settings are those of a training with SOS; this checkpoint trains on without it.
-            CHECKPOINT_KEY: {
-                **{"version": __version__, "settings": SOSConfig.from_dict({}).to_dict()},
-                "fit": note,
-            },
+            CHECKPOINT_KEY: {**UNTRAINED, "fit": note},
         }
         write_checkpoint(path, ckpt)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from ultralytics.utils import plt_settings
 
 from yolo_sos.core import FitReport
-from yolo_sos.files import atomic_path, finite
+from yolo_sos.files import as_json, save_figure
 from yolo_sos.yolo.score import headline
 from yolo_sos.yolo.shift_report import aligned
 
@@ -80,7 +79,7 @@ class CheckpointFitReport(FitReport):
 
     def to_json(self) -> str:
         """Return the report as JSON; what is not a number there is null."""
-        return json.dumps(finite(self.to_dict()), indent=2) + "\n"
+        return as_json(self.to_dict())
 
     def table(self) -> str:
         """Return the report as text: a row per layer and per class, then the totals."""
@@ -141,8 +140,7 @@ class CheckpointFitReport(FitReport):
         ax.set_title(f"{Path(self.model).name} fitted to {Path(self.data).name}{left_out}\n(boxes to train on)")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(loc="lower right", fontsize=8)
-        with atomic_path(path) as temporary:
-            fig.savefig(temporary, dpi=150)
+        save_figure(fig, path, dpi=150)
         plt.close(fig)
         if on_plot:
             on_plot(path)

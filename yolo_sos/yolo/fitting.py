@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +14,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_sos.config import CHECKPOINT_KEY
 from yolo_sos.core import affine_matrix, write_weights
-from yolo_sos.files import finite, read_json, write_text
+from yolo_sos.files import as_json, read_json, write_text
 from yolo_sos.yolo.class_fit import LEAST, ClassFit, default_images, fit_classes, fit_sizes
 from yolo_sos.yolo.classes import class_layers, in_order, known_classes, listed, take_over
 from yolo_sos.yolo.images import covering_order, object_classes, preserve_rng
@@ -56,9 +55,7 @@ class Fitting(TrainerExtension):
     def _setup_train(self) -> None:
         """Set up as Ultralytics does, unless the settings exclude each other."""
         if self.sos.fit_head:
-            for key, given in ("distill_model", self.args.distill_model), ("quantize=8", self.args.quantize == 8):
-                if given:
-                    raise ValueError(f"fit_head=true does not work together with {key}. Leave out one of them.")
+            self.refuse_beside("fit_head=true")
         super()._setup_train()
         if self.sos.fit_head and not self.start_epoch and RANK in {-1, 0}:
             fit_sizes(len(self.train_loader.dataset), None)
@@ -85,7 +82,7 @@ class Fitting(TrainerExtension):
         self.loss = None
         if RANK in {-1, 0}:
             path = self.save_dir / "fit.json"
-            write_text(path, json.dumps({**read_json(path), "metrics": finite(self.metrics)}, indent=2) + "\n")
+            write_text(path, as_json({**read_json(path), "metrics": self.metrics}))
             self.save_model()
             self.last.unlink()  # an epoch of -1 is that of a training which has ended
             LOGGER.info(
@@ -116,7 +113,7 @@ class Fitting(TrainerExtension):
         self._fitted = {"refusal": report.refusal, "ridges": [layer.ridge for layer in report.layers]}
         told = {"explained": report.explained, **asdict(report)}
         shown = [{"name": names[k], "targets": targets} for k, targets in enumerate(fit.shown)]
-        write_text(self.save_dir / "fit.json", json.dumps(finite({**told, "shown": shown}), indent=2) + "\n")
+        write_text(self.save_dir / "fit.json", as_json({**told, "shown": shown}))
         (LOGGER.warning if report.refusal else LOGGER.info)(f"{PREFIX}{report}")
         if not report.refusal and (unseen := [names[k] for k, targets in enumerate(fit.shown) if targets < 1]):
             LOGGER.warning(f"{PREFIX}the images fitted on hold next to nothing of {listed(unseen)}.")

@@ -21,6 +21,7 @@ KIND_OF_BRANCH = {  # the keys of Detect.one2many and one2one
     "angle_head": "angle",
     # kpts_sigma_head (YOLO26 pose) runs in training mode only: a shift, which runs in eval mode, never sees its input.
 }
+CLASS_KINDS = ("cls", "linear")  # of the layers that score classes
 PREDICTIONS = ("boxes", "scores", "mask_coefficient", "kpts", "angle")  # the keys of what these layers make
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, ClassVar
 
+from torch import Tensor
+from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import TQDM
 from ultralytics.utils.torch_utils import select_device
 
@@ -15,10 +17,10 @@ from yolo_sos.config import SHIFT_SETTINGS, SOSConfig
 from yolo_sos.core import Engine, FinalLayer, HeldOut, Method, Moments, as_float64, input_rows, weight_matrix
 from yolo_sos.core.checks import at_least, boolean, number, optional
 from yolo_sos.yolo.checkpoint import Checkpoint
+from yolo_sos.yolo.checkpoint_data import CheckpointData
 from yolo_sos.yolo.heads import YoloTask, layers_of_kinds
-from yolo_sos.yolo.images import CheckpointData, split_sizes
+from yolo_sos.yolo.images import counted, split_sizes
 from yolo_sos.yolo.recording import Pass, record
-from yolo_sos.yolo.score import score
 
 IMAGES = 512  # to fit on by default: several of each class in most data sets
 
@@ -46,11 +48,6 @@ def shift_settings(settings: dict[str, Any]) -> tuple[SOSConfig, int | None]:
         return SOSConfig.from_dict(full), None
     config = SOSConfig.from_dict({"sos_images": IMAGES, **full})
     return config, config.sos_images
-
-
-def check_integer(name: str, value: Any, least: int) -> None:
-    """Raise a ``ValueError`` that names the key unless the value is None or an integer of at least ``least``."""
-    optional(at_least(least))(name, value)
 
 
 def check_free(paths: Sequence[Path], exist_ok: bool) -> None:
@@ -117,8 +114,7 @@ class CheckpointJob:
         exist_ok: bool = False,
     ):
         """Check the options, the checkpoint, its folder and the data, in this order."""
-        for name, count, least in (("imgsz", imgsz, 32), ("batch", batch, 1)):
-            check_integer(name, count, least)
+        imgsz, batch = optional(at_least(32))("imgsz", imgsz), optional(at_least(1))("batch", batch)
         # As many as NumPy takes, which Ultralytics' trainers seed with theirs
         seeds = number("an integer of at least 0 and below 2^32", lambda x: 0 <= x < 2**32, integer=True)
         self.seed = seeds("seed", seed)
@@ -137,22 +133,19 @@ class CheckpointJob:
         """Do the work and write its results."""
         raise NotImplementedError
 
-    def record(self, weights: Sequence[dict[str, Any]], split: str) -> Pass:
-        """Return the metrics of ``score``, with what the model finds as it is and with each set of weights."""
-        args = {**self.data.args, "split": split, "rect": True}  # rect as 'yolo val' has it
-        return record(self.checkpoint.validator, args, self.model, self._rounded(weights))
+    def read_back(self, path: Path) -> HeldOut:
+        """Read a checkpoint that was written as Ultralytics does, and return its loss on the held-out images."""
+        model, _ = load_checkpoint(path, device=self.device)
+        task = YoloTask(model, self.task.criterion)
+        return Engine(model, task.layers, task).hold_out(self.images.batches("heldout"))
 
-    def score(self, weights: Sequence[dict[str, Any]], split: str) -> tuple[list[dict[str, float]], dict[str, float]]:
-        """Return Ultralytics' metrics on a split, of the model as it is and with each set of weights, and the time.
+    def score(self, weights: Sequence[dict[str, Tensor]], split: str, keep: bool = False) -> Pass:
+        """Validate on a split, as the model is and with each set of weights, see ``record``.
 
         Weights are rounded to half precision first, as a checkpoint holds them.
         """
-        args = {**self.data.args, "split": split, "rect": True}
-        return score(self.checkpoint.validator, args, self.model, self._rounded(weights))
-
-    @staticmethod
-    def _rounded(weights: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{name: w.half().to(w.dtype) for name, w in one.items()} for one in weights]
+        rounded = [{name: w.half().to(w.dtype) for name, w in one.items()} for one in weights]
+        return record(self.checkpoint.validator, self.data.validation(split), self.model, rounded, keep=keep)
 
 
 class ShiftJob(CheckpointJob):
@@ -181,8 +174,7 @@ class ShiftJob(CheckpointJob):
     ):
         """Check the settings of the shift, then everything else as ``CheckpointJob``."""
         self.config, images = shift_settings(settings)
-        check_integer("draws", draws, 1)
-        self.draws = draws or self.draws
+        self.draws = optional(at_least(1))("draws", draws) or self.draws
         several = self.config.sos_method == "rows" and self.draws > 1
         super().__init__(
             model,
@@ -201,13 +193,7 @@ class ShiftJob(CheckpointJob):
         """Return an engine that has seen the images to fit on, each once."""
         engine = Engine(self.model, self.layers, self.task, trials)
         with TQDM(total=len(self.images.sets["fit"]), desc="fit images", unit="img") as bar:
-
-            def counted():
-                for batch in self.images.batches("fit"):
-                    yield batch
-                    bar.update(len(batch["img"]))
-
-            engine.fit(counted())
+            engine.fit(counted(self.images.batches("fit"), bar))
         return engine
 
 

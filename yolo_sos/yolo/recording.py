@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,19 +96,21 @@ class Pass:
 
     Attributes:
         metrics (list[dict[str, float]]): Ultralytics' metrics: the model's own, then those of each set of weights.
-        records (list): The records of each, see ``Recording``.
+        records (list): The records of each, see ``Recording``; empty if nothing was recorded.
+        seconds (dict[str, float]): Time of a plain ``validation``, and of the ``points`` on top of it.
         conf (float): Least confidence of a detection.
         max_det (int): Most detections in an image.
     """
 
     metrics: list[dict[str, float]]
     records: list[list[tuple[Any, Any]]]
+    seconds: dict[str, float]
     conf: float
     max_det: int
 
     def of(self, which: int) -> Pass:
         """Return what it gave for one set of weights, as if the model had them."""
-        return Pass([self.metrics[which]], [self.records[which]], self.conf, self.max_det)
+        return replace(self, metrics=[self.metrics[which]], records=[self.records[which]])
 
 
 def record(
@@ -117,8 +120,9 @@ def record(
     weights: Sequence[dict[str, Tensor]] = (),
     images: int | None = None,
     seed: int = 0,
+    keep: bool = True,
 ) -> Pass:
-    """Validate a model once, for its own weights and for other ones of its final layers, and keep what it finds.
+    """Validate a model once, for its own weights and for other ones of its final layers.
 
     Args:
         validator (type): Ultralytics' validator for the task.
@@ -127,11 +131,15 @@ def record(
         weights (Sequence[dict[str, Tensor]]): Sets of weights, as ``write_weight`` takes them.
         images (int, optional): How many images of the split, drawn by ``seed``. None: all.
         seed (int): Chooses the images.
+        keep (bool): Whether to keep what the model finds, by each set of weights.
     """
+    start = time.perf_counter()
     attributes = {"weights": list(weights), "records": [], "images": images, "seed": seed}
-    many, own = run_many((ManyWeights, Recording), validator, args, model, **attributes)
-    records = [many.records, *(counter.records for counter in many._counters)]
-    return Pass([own, *many.results], records, many.args.conf, many.args.max_det)
+    mixins = (ManyWeights, Recording) if keep else (ManyWeights,)
+    many, own = run_many(mixins, validator, args, model, **attributes)
+    seconds = {"validation": time.perf_counter() - start - many.seconds, "points": many.seconds}
+    records = [run.records for run in (many, *many._counters)] if keep else []
+    return Pass([own, *many.results], records, seconds, many.args.conf, many.args.max_det)
 
 
 def branch_arguments(one2one: bool) -> dict[str, Any]:

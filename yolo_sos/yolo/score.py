@@ -109,27 +109,6 @@ def run_many(
         return many, dict(many(model=model))
 
 
-def score(
-    validator: type[Any], args: dict[str, Any], model: nn.Module, weights: list[dict[str, Tensor]]
-) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """Validate a model once, for its own weights and for other ones of its final layers.
-
-    Args:
-        validator (type): Ultralytics' validator for the task.
-        args (dict): Its arguments.
-        model (nn.Module): The model, which stays as it is.
-        weights (list[dict[str, Tensor]]): Sets of weights, layer name → ``(out, d)``.
-
-    Returns:
-        metrics (list[dict[str, float]]): Ultralytics' metrics: the model's own, then those of each set.
-        seconds (dict[str, float]): Time of a plain ``validation``, and of the ``points`` on top of it.
-    """
-    start = time.perf_counter()
-    many, own = run_many((ManyWeights,), validator, args, model, weights=weights)
-    total = time.perf_counter() - start
-    return [own, *many.results], {"validation": total - many.seconds, "points": many.seconds}
-
-
 def class_scores(
     validator: type[Any], args: dict[str, Any], model: nn.Module
 ) -> tuple[dict[str, float], dict[int, float]]:

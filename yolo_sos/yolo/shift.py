@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER
 
 from yolo_sos.config import SHIFT_SETTINGS
@@ -29,7 +29,6 @@ from yolo_sos.core.checks import boolean
 from yolo_sos.files import atomic_path, write_text
 from yolo_sos.yolo.calibrate import CheckpointCalibration
 from yolo_sos.yolo.calibrate_report import CalibrationReport
-from yolo_sos.yolo.heads import YoloTask
 from yolo_sos.yolo.job import ShiftJob, deviations, heldout_moments
 from yolo_sos.yolo.recording import Pass
 from yolo_sos.yolo.shift_report import CheckpointLayer, CheckpointReport
@@ -60,8 +59,7 @@ class CheckpointShift(ShiftJob):
         rows = method.name == "rows"
         trials = [(method, seed) for seed in range(self.seed, self.seed + (self.draws if rows else 1))]
         engine = self.fitted(trials)
-        batches = list(self.images.batches("heldout"))
-        heldout = engine.hold_out(batches)
+        heldout = engine.hold_out(self.images.batches("heldout"))
         if len(trials) > 1:
             shift, draws = self._best_draw(engine, trials)
         else:
@@ -69,18 +67,19 @@ class CheckpointShift(ShiftJob):
         full = heldout.loss(shift.weights()) if shift.status == OK else math.nan
         step, before, after = engine.accept(shift, heldout, guard)
         weights = shift.weights(step)
-        metrics: list[dict[str, float]] = [{}, {}]
         seen: Pass | None = None
         engine.watch.lap("guard")
         if step > 0 and self.splits:
-            seen = self.record([weights], *self.splits) if self.calibrate else None
-            metrics = seen.metrics if seen else self.score([weights], *self.splits)[0]
+            seen = self.score([weights], *self.splits, keep=self.calibrate)
             engine.watch.lap("val")
-        output, json = self.outputs
-        settings = {key: getattr(self.config, f"sos_{key}") for key in SHIFT_SETTINGS if rows or key != "solver"}
+        metrics_before, metrics_after = seen.metrics if seen else ({}, {})
+        output, record = self.outputs
         sizes = {name: len(of) for name, of in self.images.sets.items() if of}
-        settings |= {"images": sizes["fit"], "seed": self.seed, **({"draws": self.draws} if rows else {})}
-        settings |= {"rank": shift.method.rank, "budget": shift.method.budget, "found": method.is_found}
+        settings = {
+            **{key: getattr(self.config, f"sos_{key}") for key in SHIFT_SETTINGS if rows or key != "solver"},
+            **{"images": sizes["fit"], "seed": self.seed, **({"draws": self.draws} if rows else {})},
+            **{"rank": shift.method.rank, "budget": shift.method.budget, "found": method.is_found},
+        }
         general = engine.report(shift, step, before, after, guard)
         report = CheckpointReport(
             **{**vars(general), "layers": self._layers(general.layers, shift, heldout, weights)},
@@ -91,25 +90,27 @@ class CheckpointShift(ShiftJob):
             settings=settings,
             images=sizes,
             draws=draws,
-            metrics_before=metrics[0],
-            metrics_after=metrics[1],
+            metrics_before=metrics_before,
+            metrics_after=metrics_after,
         )
         if step == 0:
             LOGGER.warning(f"{PREFIX}{report.refusal()}")
             return report
         with atomic_path(output) as temporary:
             self.checkpoint.save(temporary, weights, {"settings": settings, "step": step})
-            rounding, saved = self._judge_file(temporary, batches, heldout, weights)
-            if guard is not None and not saved <= before + guard * abs(before):
+            written = self.read_back(temporary)
+            rounding = self._rounding(heldout, written, weights)
+            if not heldout.allows(written.before, guard):
                 raise ValueError(
-                    f"Rounded to half precision, the model has a held-out loss of {saved:.5g}, above the "
+                    f"Rounded to half precision, the model has a held-out loss of {written.before:.5g}, above the "
                     f"{before:.5g} before the shift by more than sos_guard={guard:g}. Nothing was written."
                 )
             engine.watch.lap("write")
-            report = report.as_written(str(output), saved, rounding)
-            write_text(json, report.to_json())
-        LOGGER.info(f"\n{report.table()}\n\n{PREFIX}wrote {output} and {json}")
-        if seen:
+            layers = tuple(replace(layer, rounding=rounding[layer.name]) for layer in report.layers)
+            report = replace(report, layers=layers, heldout_after=written.before, output=str(output))  # type: ignore[call-arg]
+            write_text(record, report.to_json())
+        LOGGER.info(f"\n{report.table()}\n\n{PREFIX}wrote {output} and {record}")
+        if self.calibrate and seen:
             self.calibration = CheckpointCalibration.after(self, seen.of(1))
         return report
 
@@ -128,8 +129,9 @@ class CheckpointShift(ShiftJob):
         by_norm = trials[0][0].is_found and guard is not None
         merit = [s.squared_norm_ratio if by_norm else loss for s, loss in zip(shifts, losses, strict=True)]
         moments = heldout_moments(self.layers, selection)
+        order = sorted(range(len(shifts)), key=lambda i: (not math.isfinite(losses[i]), merit[i]))
         draws = []
-        for i in sorted(range(len(shifts)), key=lambda i: (not math.isfinite(losses[i]), merit[i])):
+        for i in order:
             changes = deviations(self.layers, moments, shifts[i].weights()).values()
             draws.append(
                 {
@@ -141,8 +143,7 @@ class CheckpointShift(ShiftJob):
                     "selection_loss": losses[i],
                 }
             )
-        best = next(s for s in shifts if s.seed == draws[0]["seed"])
-        return best, tuple(draws)
+        return shifts[order[0]], tuple(draws)
 
     def _layers(
         self, layers: Sequence[LayerReport], shift: Shift, heldout: HeldOut, weights: dict[str, Tensor]
@@ -159,35 +160,29 @@ class CheckpointShift(ShiftJob):
             for layer in layers
         )
 
-    def _judge_file(
-        self, path: Path, batches: list[dict[str, Any]], heldout: HeldOut, weights: dict[str, Tensor]
-    ) -> tuple[dict[str, float], float]:
-        """Read a written checkpoint as Ultralytics does, and return what rounding did, and the file's held-out loss.
+    def _rounding(self, heldout: HeldOut, written: HeldOut, weights: dict[str, Tensor]) -> dict[str, float]:
+        """Return by how much half precision alone changes the outputs on held-out images, relative, by layer name.
 
         Args:
-            path (Path): The written file.
-            batches (list[dict]): The held-out batches.
-            heldout (HeldOut): The loss on them, and the inputs of the final layers, before the model was rounded.
+            heldout (HeldOut): The inputs of the final layers before the model was rounded.
+            written (HeldOut): Those of the file.
             weights (dict[str, Tensor]): The weights before they were rounded.
 
         Raises:
             ValueError: If the file's outputs are not finite.
         """
-        model, _ = load_checkpoint(path, device=self.device)
-        task = YoloTask(model, self.task.criterion)
-        before, layers = ({layer.name: layer for layer in of.layers} for of in (self.task, task))
-        written = Engine(model, [layers[name] for name in weights], task).hold_out(batches)
+        before, after = ({layer.name: layer for layer in of.layers} for of in (heldout, written))
         changed, size = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0.0)
-        for inputs, new in zip(heldout.inputs, written.inputs, strict=True):
+        for old, new in zip(heldout.inputs, written.inputs, strict=True):
             for name, weight in weights.items():
-                exact = _outputs(before[name], inputs[name], weight)
-                off = _outputs(layers[name], new[name], weight_matrix(layers[name].module)) - exact
+                exact = _outputs(before[name], old[name], weight)
+                off = _outputs(after[name], new[name], weight_matrix(after[name].module)) - exact
                 changed[name] += float(off.square().sum())
                 size[name] += float(exact.square().sum())
         rounding = {name: (changed[name] / size[name]) ** 0.5 if size[name] else 0.0 for name in weights}
         if not all(map(math.isfinite, rounding.values())):
             raise ValueError("Half precision cannot hold the shifted weights: their outputs are not finite.")
-        return rounding, written.before
+        return rounding
 
 
 def _outputs(layer: FinalLayer, inputs: Tensor, weight: Tensor) -> Tensor:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,10 +13,13 @@ from typing import Any
 from ultralytics.utils import plt_settings
 
 from yolo_sos.core import ShiftReport
-from yolo_sos.files import atomic_path, write_text
+from yolo_sos.files import as_csv, save_figure, write_text
 
-# Without "loss" and "metric" in their names: Ultralytics plots columns that have them into results.png.
-COLUMNS = ("squared_norm_ratio", "rank", "deviation", "heldout_before", "heldout_after", "t", "ms")
+# Column → what it shows of a report. Ultralytics plots columns with "loss" or "metric" in their names into results.png.
+COLUMNS = {
+    **{f"sos/{name}": name for name in ("squared_norm_ratio", "rank", "deviation", "heldout_before", "heldout_after")},
+    "sos/t": "step",
+}
 
 
 def columns(reports: dict[str, ShiftReport]) -> dict[str, float]:
@@ -33,18 +35,9 @@ def columns(reports: dict[str, ShiftReport]) -> dict[str, float]:
             models together.
     """
     if not reports:
-        return {f"sos/{name}": float("nan") for name in COLUMNS}
-    report = reports["ema"]
+        return dict.fromkeys((*COLUMNS, "sos/ms"), math.nan)
     milliseconds = sum(sum(r.milliseconds.values()) for r in reports.values())
-    values = (
-        report.squared_norm_ratio,
-        report.rank,
-        report.deviation,
-        report.heldout_before,
-        report.heldout_after,
-        report.step,
-    )
-    return {f"sos/{name}": float(value) for name, value in zip(COLUMNS, (*values, milliseconds), strict=True)}
+    return {**{c: float(getattr(reports["ema"], name)) for c, name in COLUMNS.items()}, "sos/ms": milliseconds}
 
 
 def log_line(reports: dict[str, ShiftReport]) -> str:
@@ -80,23 +73,11 @@ class ShiftLog:
         """
         self.rows = [row for row in self.rows if int(row["epoch"]) != epoch or row["model"] not in reports]
         for model, report in reports.items():
-            for record in report.layers:
-                self.rows.append(
-                    {
-                        "epoch": epoch,
-                        "model": model,
-                        **asdict(record),
-                        "heldout_before": report.heldout_before,
-                        "heldout_after": report.heldout_after,
-                        "t": report.step,
-                        "ms": sum(report.milliseconds.values()),
-                    }
-                )
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(self.rows[-1]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_text(self.path, text.getvalue())
+            place = {"epoch": epoch, "model": model}
+            losses = {"heldout_before": report.heldout_before, "heldout_after": report.heldout_after}
+            totals = {**losses, "t": report.step, "ms": sum(report.milliseconds.values())}
+            self.rows += [{**place, **asdict(record), **totals} for record in report.layers]
+        write_text(self.path, as_csv(self.rows))
 
     @plt_settings()
     def plot(self, path: Path, on_plot: Callable[[Path], None] | None = None) -> None:
@@ -115,8 +96,7 @@ class ShiftLog:
         if not shifts:
             return
         fig = _bars(*shifts.popitem()) if len(shifts) == 1 else _curves(shifts)
-        with atomic_path(path) as temporary:
-            fig.savefig(temporary, dpi=200)
+        save_figure(fig, path, dpi=200)
         plt.close(fig)
         if on_plot:
             on_plot(path)

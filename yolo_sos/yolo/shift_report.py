@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from yolo_sos.core import LayerReport, ShiftReport
-from yolo_sos.files import finite
+from yolo_sos.files import as_json
 from yolo_sos.yolo.score import headline
 
-HEADER = [
-    *("layer", "kind", "d", "rows", "rank", "‖V‖ before", "after"),
-    *("deviation: fit", "held-out", "rounding", "ms"),
-]
+HEADER = "layer", "kind", "d", "rows", "rank", "‖V‖ before", "after", "deviation: fit", "held-out", "rounding", "ms"
 
 
 @dataclass(frozen=True)
@@ -73,11 +69,6 @@ class CheckpointReport(ShiftReport):
         """Mean deviation by rounding over the layers."""
         return sum(r.rounding for r in self.layers) / len(self.layers)
 
-    def as_written(self, output: str, heldout_after: float, rounding: dict[str, float]) -> CheckpointReport:
-        """Return the report of the file ``output``: its held-out loss, and layer name → deviation by rounding."""
-        layers = tuple(replace(layer, rounding=rounding[layer.name]) for layer in self.layers)
-        return replace(self, layers=layers, heldout_after=heldout_after, output=output)  # type: ignore[call-arg]
-
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
         totals = ("status", "squared_norm_ratio", "rank", "deviation", "deviation_heldout", "rounding")
@@ -85,7 +76,7 @@ class CheckpointReport(ShiftReport):
 
     def to_json(self) -> str:
         """Return the report as JSON; what is not a number there is null."""
-        return json.dumps(finite(self.to_dict()), indent=2) + "\n"
+        return as_json(self.to_dict())
 
     def table(self) -> str:
         """Return the report as text: a row per layer, then the totals."""
@@ -96,7 +87,7 @@ class CheckpointReport(ShiftReport):
             + [f"{r.milliseconds:.1f}"]
             for r in self.layers
         ]
-        lines = aligned([HEADER, *rows], left=2)
+        lines = aligned([[*HEADER], *rows], left=2)
         loss, change = self.heldout_after, self.heldout_after / self.heldout_before - 1
         lines += [
             "",

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.patches import torch_load
@@ -18,6 +16,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolo_sos.config import CHECKPOINT_KEY
 from yolo_sos.core import SEEDS, SOS, FinalLayer, ShiftReport, is_due
 from yolo_sos.files import atomic_path
+from yolo_sos.yolo.checkpoint import write_checkpoint
 from yolo_sos.yolo.heads import YoloTask, final_layers, layers_of_kinds
 from yolo_sos.yolo.images import ImageSample, preserve_rng, split_sizes
 from yolo_sos.yolo.memory import with_fewer
@@ -44,10 +43,7 @@ class Shifting(TrainerExtension):
         """Build the model as Ultralytics does, and refuse it right away if it has no final linear layer."""
         ckpt = super().setup_model()
         if self.sos.sos:
-            if self.args.distill_model is not None:
-                raise ValueError("sos=true does not work together with distill_model. Leave out one of them.")
-            if self.args.quantize == 8:  # its layers compute with rounded copies of the weights that are written
-                raise ValueError("sos=true does not work together with quantize=8. Leave out one of them.")
+            self.refuse_beside("sos=true")
             layers_of_kinds(final_layers(unwrap_model(self.model)), self.sos.kinds)
         return ckpt
 
@@ -110,9 +106,11 @@ class Shifting(TrainerExtension):
         """
 
         def tensors() -> Iterator[Tensor]:
+            if not self._chosen(unwrap_model(self.model)):
+                return  # all final layers are frozen by now
             for model in models.values():
                 sos = self._sos(model)
-                for layer in self._chosen(model):
+                for layer in sos.layers or ():
                     yield from (layer.module.weight.data, *sos.momentum(layer))  # type: ignore[misc, operator]
 
         return self.on_first_rank(partial(self._shift_models, models), tensors, "shift") or {}
@@ -190,10 +188,8 @@ class Shifting(TrainerExtension):
         LOGGER.info(f"{PREFIX}{path.name}, of epoch {epoch}: {log_line({'ema': report})}")
         ckpt["ema"] = model.half().cpu()
         ckpt[CHECKPOINT_KEY] = {**state, "shifts": [{"epoch": epoch, "step": report.step}]}
-        buffer = io.BytesIO()  # torch.save to a path puts the path's name into every record
-        torch.save(ckpt, buffer)
         with atomic_path(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+            write_checkpoint(temporary, ckpt)
 
     def plot_metrics(self) -> None:
         """Plot as Ultralytics does, and the curves of the shifts."""

@@ -52,22 +52,20 @@ def trace(
     seconds = {"images": time.perf_counter() - start, "algebra": 0.0, "validation": 0.0, "points": 0.0}
     start = time.perf_counter()
     shifts = [engine.solve(method, seed) for method, seed in trials]
-    names = [("baseline", "", math.nan, 0), *map(_name, shifts)]
-    figures = [(1.0, math.nan, 0.0, 0.0, heldout.before)]
+    points = [Point("baseline", "", math.nan, 0, 1.0, math.nan, 0.0, 0.0, heldout.before, {})]
     for shift in TQDM(shifts, desc="held-out loss", unit="point"):
         if shift.status != OK:
             raise ValueError(f"{shift.method}: {shift.status}.")
         changes = deviations(job.layers, moments, shift.weights()).values()
-        loss = heldout.loss(shift.weights())
-        figures.append((shift.squared_norm_ratio, shift.rank, shift.deviation, sum(changes) / len(changes), loss))
+        figures = shift.squared_norm_ratio, shift.rank, shift.deviation, sum(changes) / len(changes)
+        points.append(Point(*_name(shift), *figures, heldout.loss(shift.weights()), {}))
     seconds["algebra"] = time.perf_counter() - start
-    metrics: list[dict[str, dict[str, float]]] = [{} for _ in figures]
     for split in splits:
-        found, spent = job.score([shift.weights() for shift in shifts], split)
-        for of_point, scores in zip(metrics, found, strict=True):
-            of_point[split] = scores
-        seconds = {k: v + spent.get(k, 0.0) for k, v in seconds.items()}
-    return [Point(*n, *f, metrics=m) for n, f, m in zip(names, figures, metrics, strict=True)], seconds
+        seen = job.score([shift.weights() for shift in shifts], split)
+        for point, scores in zip(points, seen.metrics, strict=True):
+            point.metrics[split] = scores
+        seconds = {k: v + seen.seconds.get(k, 0.0) for k, v in seconds.items()}
+    return points, seconds
 
 
 def _name(shift: Shift) -> tuple[str, str, float, int]:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,14 +14,14 @@ from ultralytics.utils import plt_settings
 
 from yolo_sos.config import SOSConfig
 from yolo_sos.core import METHODS
-from yolo_sos.files import atomic_path
+from yolo_sos.files import as_csv, save_figure
 from yolo_sos.markdown import markdown_table
 from yolo_sos.yolo.score import headline
 
-GUARD = SOSConfig().to_dict()[
-    "sos_guard"
-]  # largest relative rise of the held-out loss that a recommended setting may have
-LOSS_OF_METRIC = 0.001  # and its largest loss of mAP50-95: a tenth of a point, below which tables show no difference
+# Of a recommended setting: the largest relative rise of the held-out loss, and the largest loss of mAP50-95, a tenth of
+# a point, below which tables show no difference.
+GUARD: float = SOSConfig().sos_guard  # type: ignore[assignment]
+LOSS_OF_METRIC = 0.001
 # As for a shift whose strength is found: below half of d, and above a budget of 0.1, mAP falls before held-out loss or
 # a small val split tell. On BCCD, principal at a quarter of d lost .0003 on val and .0035 on test.
 LEAST_RANK, LARGEST_BUDGET = 0.5, 0.1
@@ -67,12 +65,8 @@ class Point:
 
 def csv_of(points: Sequence[Point]) -> str:
     """Return the points as CSV."""
-    text = io.StringIO()
     rows = [point.row() for point in points]
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return text.getvalue()
+    return as_csv([{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
 
 
 @dataclass(frozen=True)
@@ -209,8 +203,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
         ax.set_xlim(0, 1.05)
         ax.grid(alpha=0.25)
     axes[0].legend(fontsize=9)
-    with atomic_path(path) as temporary:
-        fig.savefig(temporary, dpi=200)
+    save_figure(fig, path, dpi=200)
     plt.close(fig)
 
 

@@ -24,7 +24,7 @@ from yolo_sos import __version__
 from yolo_sos.builtin import resolve_data, resolve_model
 from yolo_sos.config import CHECKPOINT_KEY, SOSConfig, is_sos_key
 from yolo_sos.files import atomic_path, write_text
-from yolo_sos.yolo.images import ImageSample, preserve_rng
+from yolo_sos.yolo.images import ImageSample, draw, preserve_rng
 
 if TYPE_CHECKING:
     from ultralytics.engine.trainer import BaseTrainer
@@ -37,13 +37,8 @@ PREFIX = colorstr("SOS: ")
 # An event that nothing runs. Besides args and weights, callbacks are the one thing that Ultralytics hands to the
 # workers of a distributed run, and args refuse keys that are not Ultralytics'.
 CARRIER = "sos_settings"
-OUTPUTS = (
-    "sos.yaml",
-    "sos.csv",
-    "sos.png",
-    "fit.json",
-    "analyze.png",
-)  # of a run; those of an earlier one in its folder go
+# Files of a run; those that an earlier run left in its folder are removed.
+OUTPUTS = ("sos.yaml", "sos.csv", "sos.png", "fit.json", "analyze.png")
 TESTED = ("8.4.150", "8.4.190")  # the releases of Ultralytics that the test suite has passed with
 
 
@@ -77,13 +72,12 @@ class TrainerExtension(BaseTrainer):
         cfg, overrides = dict(cfg2dict(cfg)), dict(overrides or {})
         asked = {k: d.pop(k) for d in (cfg, overrides) for k in list(d) if is_sos_key(k)}
         self._asked = tuple(asked)
-        carried = (_callbacks or {}).get(CARRIER)
-        resumed = overrides.get("resume") or cfg.get("resume")
-        self.sos = (
-            SOSConfig.from_dict(carried[0] if carried else asked)
-            if carried or resumed
-            else SOSConfig.of_training(asked)
-        )
+        if carried := (_callbacks or {}).get(CARRIER):
+            self.sos = SOSConfig.from_dict(carried[0])
+        elif overrides.get("resume") or cfg.get("resume"):
+            self.sos = SOSConfig.from_dict(asked)
+        else:
+            self.sos = SOSConfig.of_training(asked)
         for key, resolve in (("data", resolve_data), ("model", resolve_model)):
             if key in overrides:
                 overrides[key] = resolve(overrides[key])
@@ -130,6 +124,13 @@ class TrainerExtension(BaseTrainer):
                 self._drop_later_results()
             self.metrics.update(self.extra_columns())
 
+    def refuse_beside(self, setting: str) -> None:
+        """Raise a ``ValueError`` where Ultralytics trains with what a setting of ours that writes weights breaks."""
+        # A distillation wraps the model; quantized layers compute with rounded copies of the weights that are written.
+        for key, given in ("distill_model", self.args.distill_model), ("quantize=8", self.args.quantize == 8):
+            if given:
+                raise ValueError(f"{setting} does not work together with {key}. Leave out one of them.")
+
     def _drop_later_results(self) -> None:
         """Drop the lines of results.csv after the epoch of the checkpoint: Ultralytics writes them before it saves."""
         if not self.csv.exists():
@@ -158,7 +159,8 @@ class TrainerExtension(BaseTrainer):
         """Return random sets of training images as validation would see them, see ``ImageSample``."""
         view, labels = self.plain_images()
         batch = max(self.batch_size // max(self.world_size, 1), 1)
-        return ImageSample(view, self.preprocess_plain, batch, sizes, seed, labels, keep, order)
+        order = draw(len(view), labels, seed) if order is None else order
+        return ImageSample(view, self.preprocess_plain, batch, sizes, order, keep)
 
     def on_first_rank(self, work: Callable[[], T], tensors: Callable[[], Iterable[Tensor]], what: str) -> T | None:
         """Do work on rank 0, and broadcast what it has written to the other ranks of a distributed run.
