@@ -79,9 +79,9 @@ LABELS = {  # box (cx, cy, w, h) -> what a task's label holds
 
 @pytest.fixture
 def data_of(digits, tmp_path):
-    """``data_of(task)`` returns a data set of that task, made from the digits."""
+    """``data_of(task)`` returns a data set of that task, made from the digits, or from another set of boxes."""
 
-    def make(task: str) -> Path:
+    def make(task: str, source: Path = digits) -> Path:
         root = tmp_path / "set"
         if task == "classify":
             rng = np.random.default_rng(0)
@@ -93,15 +93,15 @@ def data_of(digits, tmp_path):
                         assert cv2.imwrite(str(root / split / str(c) / f"{i}.png"), image)
             return root
         if task == "detect":
-            return digits
-        shutil.copytree(digits.parent / "images", root / "images")
-        for file in (digits.parent / "labels").rglob("*.txt"):
-            target = root / "labels" / file.relative_to(digits.parent / "labels")
+            return source
+        shutil.copytree(source.parent / "images", root / "images")
+        for file in (source.parent / "labels").rglob("*.txt"):
+            target = root / "labels" / file.relative_to(source.parent / "labels")
             target.parent.mkdir(parents=True, exist_ok=True)
             lines = [line.split() for line in file.read_text().splitlines()]
             text = [" ".join([c, *map(str, LABELS[task](*map(float, box)))]) for c, *box in lines]
             target.write_text("\n".join(text))
-        data = yaml.safe_load(digits.read_text())
+        data = yaml.safe_load(source.read_text())
         (root / "data.yaml").write_text(yaml.safe_dump({**data, "path": str(root), "kpt_shape": [2, 3]}))
         return root / "data.yaml"
 

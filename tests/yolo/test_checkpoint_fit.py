@@ -81,6 +81,18 @@ def test_new_classes_are_fitted_and_the_file_is_a_stock_one(weights, renamed, co
     assert "digit 3" in report.table() and "held-out loss" in report.table()
 
 
+def test_levels_that_show_no_class_are_named_and_score_low(weights, renamed):
+    path = weights()
+    report = fit_checkpoint(path, renamed(), batch=8, val=False)
+    found = {layer.name: affine_matrix(layer.module).float() for layer in in_order(YOLO(report.output).model)}
+    rows = {line.split()[0]: line.split() for line in report.table().splitlines()[1 : 1 + len(report.layers)]}
+    assert {layer.name: str(layer.classes) for layer in report.layers} == {name: row[2] for name, row in rows.items()}
+    assert report.unfitted and sorted([*rows, *report.unfitted]) == sorted(found)  # the digits are small
+    assert f"new ones score low: {', '.join(report.unfitted)}\n" in report.table()
+    for name in report.unfitted:
+        assert not found[name][:, :-1].any() and float(found[name][:, -1].sigmoid().max()) < 1e-3
+
+
 def test_boxes_and_towers_are_those_of_the_checkpoint(weights, renamed):
     path = weights()
     fit_checkpoint(path, renamed(), batch=8, val=False)
@@ -152,6 +164,13 @@ def test_a_model_from_scratch_is_declined(tiny, renamed, tmp_path, capsys):
     assert not list(tmp_path.glob("scratch-fit*"))
     report = fit_checkpoint(path, renamed(), imgsz=64, batch=8)
     assert report.refusal.startswith("nothing to fit") and report.output is None
+
+
+def test_a_ridge_that_leaves_nothing_of_a_fit_is_named(weights, renamed):
+    path = weights()
+    report = fit_checkpoint(path, renamed(), batch=8, ridge=1e9, val=False)
+    assert report.refusal.startswith("with ridge=1e+09 the fit explains 0.0%") and report.output is None
+    assert [p.name for p in path.parent.iterdir()] == ["best.pt"]
 
 
 def test_the_command_writes_and_says_so(weights, renamed):

@@ -111,6 +111,17 @@ def test_a_resumed_run_is_not_fitted_again(train, able, renamed, interrupt, monk
     assert torch_load(resumed.save_dir / "weights/last.pt", map_location="cpu")["sos"]["fit"] == told["fit"]
 
 
+def test_a_run_that_ends_in_its_first_epoch_leaves_the_fitted_model(train, able, renamed, interrupt):
+    stop = interrupt("on_train_batch_start", 1)
+    broken = train(model=able["best"], data=str(renamed), fit_head=True, callbacks=stop, error=KeyboardInterrupt)
+    best = broken.save_dir / "weights/best.pt"
+    assert [p.name for p in best.parent.iterdir()] == ["best.pt"]  # Ultralytics resumes after whole epochs only
+    starts = Starts()
+    train(model=best, data=str(renamed), epochs=1, callbacks=starts.callbacks)
+    kept = matrices(broken.trainer.ema.ema)
+    assert all(torch.equal(a, b.half().float()) for a, b in zip(starts.model, kept, strict=True))
+
+
 def test_a_shift_before_the_first_epoch_comes_after_the_fit(train, able, renamed):
     starts, order = Starts(), []
     with pytest.MonkeyPatch.context() as patch:

@@ -33,6 +33,7 @@ class LayerFit:
         name (str): Qualified name of the layer.
         kind (str): ``cls`` or ``linear``.
         level (int): Detection level.
+        classes (int): How many of its outputs were fitted together.
         d (int): Length of an input row.
         rows (int): Rows fitted on.
         ridge (float): The ridge, see ``RidgeProblem``.
@@ -48,6 +49,7 @@ class LayerFit:
     name: str
     kind: str
     level: int
+    classes: int
     d: int
     rows: int
     ridge: float
@@ -84,10 +86,12 @@ class FitReport:
 
     def __str__(self) -> str:
         """Return one line."""
+        seconds = f"{sum(self.milliseconds.values()) / 1e3:.1f} s"
+        if self.refusal:
+            return f"nothing written: {self.refusal}; {seconds}"
         ridges = ", ".join(f"{layer.ridge:.3g}" for layer in self.layers)
         loss = "unknown" if math.isnan(self.heldout_before) else f"{self.heldout_before:.4g} → {self.heldout_after:.4g}"
-        what = f"nothing written: {self.refusal}" if self.refusal else f"{len(self.layers)} layers fitted"
-        return f"{what}; held-out loss {loss}, ridge {ridges}, {sum(self.milliseconds.values()) / 1e3:.1f} s"
+        return f"{len(self.layers)} layers fitted; held-out loss {loss}, ridge {ridges}, {seconds}"
 
 
 def explained(layers: Iterable[LayerFit]) -> float:
@@ -132,17 +136,28 @@ def fit_layer(
     solution = RidgeProblem(rows, prior, loss).solve(ridge, start)
     found = solution.gap, solution.converged, solution.evaluations
     place = layer.name, layer.kind, layer.level
-    return solution.weight, LayerFit(*place, rows.inputs.shape[1], len(rows), ridge, losses, share, null, *found)
+    shape = rows.targets.shape[1], rows.inputs.shape[1], len(rows)
+    return solution.weight, LayerFit(*place, *shape, ridge, losses, share, null, *found)
 
 
-def judge(layers: Iterable[LayerFit], before: float, after: float) -> str:
-    """Return why a fit is to be refused, from how it was found and the held-out task loss; empty if it is not."""
+def judge(layers: Iterable[LayerFit], before: float, after: float, ridge: float | None = None) -> str:
+    """Return why a fit is to be refused; empty if it is not.
+
+    Args:
+        layers (Iterable[LayerFit]): How it was found.
+        before (float): The held-out task loss before it.
+        after (float): The same after it.
+        ridge (float, optional): The ridge, where it was given and not chosen.
+    """
     share = explained(layers)
     if share < LEAST_EXPLAINED:
-        return (
-            f"nothing to fit: the features explain {max(share, 0):.1%} of the loss that the classes' frequencies leave "
-            f"on other images, less than {LEAST_EXPLAINED:.0%}. The layers before the final ones must be pretrained"
+        told = (
+            f"{max(share, 0):.1%} of the loss that the classes' frequencies leave on other images, less than "
+            f"{LEAST_EXPLAINED:.0%}"
         )
+        if ridge is not None:
+            return f"with ridge={ridge:g} the fit explains {told}. Leave out the ridge: it is then found for each layer"
+        return f"nothing to fit: the features explain {told}. The layers before the final ones must be pretrained"
     if not after < before and not math.isnan(before):
         return f"the held-out loss does not fall: {before:.5g} before, {after:.5g} after"
     return ""
@@ -222,7 +237,7 @@ def fit_model(
     new = {layer.name: weight.to(layer.module.weight.dtype)}  # type: ignore[arg-type]
     before, after = (held.before, held.loss(new)) if held.images else (math.nan, math.nan)
     engine.watch.lap("guard")
-    refusal = judge([fit], before, after)
+    refusal = judge([fit], before, after, ridge)
     if not refusal:
         write_weight(layer.module, new[layer.name])
         engine.watch.lap("write")

@@ -69,7 +69,8 @@ class CheckpointData:
         self.content = self._read(checkpoint.task)
         self.check_classes(checkpoint)
         with TemporaryDirectory() as folder:  # a validator makes a folder for its results as soon as it exists
-            self._validator = checkpoint.validator(args=self.args, save_dir=Path(folder))
+            args = {**self.args, "overlap_mask": trained["overlap_mask"]}  # the masks that the training's loss takes
+            self._validator = checkpoint.validator(args=args, save_dir=Path(folder))
         self._validator.device, self._validator.data = device, self.content
         self._validator.names = checkpoint.model.names
         self._validator.stride = max(int(checkpoint.model.stride.max()), 32)  # type: ignore[operator, union-attr]

@@ -81,6 +81,11 @@ class ClassFit:
     report: FitReport
     shown: list[float]
 
+    @property
+    def unfitted(self) -> list[str]:
+        """The layers whose rows show no class: there, unknown classes are given low scores."""
+        return [name for name in self.weights if name not in {layer.name for layer in self.report.layers}]
+
 
 def fit_classes(
     model: nn.Module, images: ImageSample, known: dict[int, int], ridge: float | None, seed: int, progress: bool = False
@@ -133,7 +138,7 @@ def fit_classes(
     elif not math.isfinite(before):
         refusal = f"the held-out loss of the model as it is, {before}, is not a number that can fall"
     else:
-        refusal = judge(layers, before, after)  # an infinite or undefined loss after the fit does not fall
+        refusal = judge(layers, before, after, ridge)  # an infinite or undefined loss after the fit does not fall
     report = FitReport(tuple(layers), before, after, refusal, engine.watch.milliseconds)
     return ClassFit(weights, report, shown.tolist())
 

@@ -153,6 +153,7 @@ class CheckpointFit(CheckpointJob):
             data=self.data.args["data"],
             output=None,
             images={name: len(of) for name, of in self.images.sets.items()},
+            unfitted=tuple(fit.unfitted),
             settings={"ridge": self.ridge, "add": self.add, "imgsz": self.data.args["imgsz"], "seed": self.seed},
             classes=class_records(names, self.known, self.data.shown, fit.shown, {}, {}),
             metrics_before={},

@@ -54,6 +54,7 @@ class CheckpointFitReport(FitReport):
         output (str | None): The file written; None if nothing was.
         images (dict[str, int]): Number of images to fit on (``fit``), that the ridge was chosen by and that were fitted
             on then (``selection``), and held out for the guard (``heldout``).
+        unfitted (tuple[str, ...]): Class layers whose rows show no class, see ``ClassFit``.
         settings (dict): The settings, as in ``fit_checkpoint``.
         classes (tuple[ClassRecord, ...]): One per class of the data set.
         metrics_before (dict[str, float]): Ultralytics' metrics on the val split before, if the model knew a class.
@@ -66,6 +67,7 @@ class CheckpointFitReport(FitReport):
     data: str
     output: str | None
     images: dict[str, int]
+    unfitted: tuple[str, ...]
     settings: dict[str, Any]
     classes: tuple[ClassRecord, ...]
     metrics_before: dict[str, float]
@@ -83,10 +85,14 @@ class CheckpointFitReport(FitReport):
 
     def table(self) -> str:
         """Return the report as text: a row per layer and per class, then the totals."""
-        rows = [["layer", "level", "d", "rows", "ridge", "explained"]]
+        rows = [["layer", "level", "classes", "d", "rows", "ridge", "explained"]]
         for r in self.layers:
-            rows.append([r.name, str(r.level), str(r.d), str(r.rows), f"{r.ridge:.4g}", f"{r.explained:.1%}"])
-        lines = [*aligned(rows, left=1), ""]
+            counts = map(str, (r.level, r.classes, r.d, r.rows))
+            rows.append([r.name, *counts, f"{r.ridge:.4g}", f"{r.explained:.1%}"])
+        lines = aligned(rows, left=1)
+        if self.unfitted:
+            lines.append(f"no row shows a class, so new ones score low: {', '.join(self.unfitted)}")
+        lines.append("")
         rows = [["class", "images", "boxes", "targets", "val before", "after"]]
         for c in self.classes:
             scores = ["" if x is None else f"{x:.3f}" for x in (c.before, c.after)]

@@ -113,7 +113,8 @@ class Fitting(TrainerExtension):
         self._fitted = {"refusal": report.refusal, "ridges": [layer.ridge for layer in report.layers]}
         told = {"explained": report.explained, **asdict(report)}
         shown = [{"name": names[k], "targets": targets} for k, targets in enumerate(fit.shown)]
-        write_text(self.save_dir / "fit.json", as_json({**told, "shown": shown}))
+        told |= {"unfitted": fit.unfitted, "shown": shown}
+        write_text(self.save_dir / "fit.json", as_json(told))
         (LOGGER.warning if report.refusal else LOGGER.info)(f"{PREFIX}{report}")
         if not report.refusal and (unseen := [names[k] for k, targets in enumerate(fit.shown) if targets < 1]):
             LOGGER.warning(f"{PREFIX}the images fitted on hold next to nothing of {listed(unseen)}.")
