@@ -297,6 +297,7 @@ def line_chart(curves: dict[str, list[float]]) -> bytes:
     for name, values in curves.items():
         ax.plot(range(1, len(values) + 1), values, "o-", markersize=4, label=name)
     ax.set_xlabel("epoch")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_ylim(bottom=0)
     ax.grid(alpha=0.25)
     ax.legend()
