@@ -90,7 +90,7 @@ def test_levels_that_show_no_class_are_named_and_score_low(weights, renamed):
     assert report.unfitted and sorted([*rows, *report.unfitted]) == sorted(found)  # the digits are small
     assert f"new ones score low: {', '.join(report.unfitted)}\n" in report.table()
     for name in report.unfitted:
-        assert not found[name][:, :-1].any() and float(found[name][:, -1].sigmoid().max()) < 1e-3
+        assert not found[name][:, :-1].any() and float(found[name][:, -1].sigmoid().max()) < 0.01  # half a row of all
 
 
 def test_boxes_and_towers_are_those_of_the_checkpoint(weights, renamed):
