@@ -43,7 +43,7 @@ from yolo_sos.core import fit_logistic
 from yolo_sos.evaluate.boxes import GroundTruth
 from yolo_sos.evaluate.calibration import SOFT_IOUS, reliability, samples_of, thresholds
 from yolo_sos.evaluate.voc import Matches, mean_ap, voc_result
-from yolo_sos.files import finite, write_text
+from yolo_sos.files import as_json, write_text
 from yolo_sos.markdown import markdown_table, mean_std
 from yolo_sos.versions import versions
 from yolo_sos.yolo import Checkpoint, calibrate_checkpoint
@@ -185,7 +185,7 @@ def main() -> None:
     record_ |= {"test_images": len(test.truth.images), "runs": runs}
     if args.check and args.models:
         record_["file"] = check(args.models[0], args.data, args.imgsz, args.device)
-    write_text(FOLDER / f"{args.name}.json", json.dumps(finite(record_), indent=1) + "\n")
+    write_text(FOLDER / f"{args.name}.json", as_json(record_))
     print(table(runs))
     if "file" in record_:
         print(json.dumps(record_["file"], indent=1))

@@ -32,7 +32,7 @@ from torchvision.models.resnet import BasicBlock
 
 from yolo_sos.core import ShiftReport, shift_model
 from yolo_sos.data.image_folder import draw_split
-from yolo_sos.files import atomic_path, read_json, write_text
+from yolo_sos.files import as_json, atomic_path, read_json, write_text
 from yolo_sos.markdown import markdown_table, mean_std
 from yolo_sos.versions import git_commit, versions
 from yolo_sos.yolo.images import draw
@@ -249,6 +249,12 @@ def shift(model: nn.Module, arm: Arm, data: dict[str, Split], seed: int) -> Shif
     return shift_model(model, fit, heldout, seed=seed, **arm.settings)
 
 
+def features_of(model: nn.Sequential, data: dict[str, Split]) -> dict[str, Tensor]:
+    """Return the inputs ``(n, d)`` of a model's final layer, by set."""
+    with torch.no_grad():
+        return {name: torch.cat([model[:-1](images) for images, _ in of.batches()]) for name, of in data.items()}
+
+
 def measure(head: nn.Linear, features: dict[str, Tensor], data: dict[str, Split]) -> dict[str, float]:
     """Return the figures of a final layer on the features ``(n, d)`` of each set."""
     with torch.no_grad():
@@ -275,8 +281,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def study(model: nn.Sequential, config: Config, data: dict[str, Split], seed: int) -> dict[str, dict[str, Any]]:
     """Return the figures of the trained model (``baseline``) and of a shifted copy for each arm."""
-    with torch.no_grad():
-        features = {name: torch.cat([model[:-1](images) for images, _ in of.batches()]) for name, of in data.items()}
+    features = features_of(model, data)
     found = {"baseline": {"squared_norm_ratio": 1.0, **measure(model[-1], features, data)}}
     for name, arm in config.arms.items():
         copy = deepcopy(model)
@@ -329,7 +334,7 @@ def run_study(folder: Path, config: Config, seeds: int, models: Path, out: Path)
         classes = int(data["train"].labels.max()) + 1
         model, curve = train(config, data["train"], classes, seed, models / f"seed-{seed}.pt")
         made = {"seed": seed, "config": settings, "versions": versions(), "commit": git_commit(), "curve": curve}
-        write_text(file, json.dumps(made | {"arms": study(model, config, data, seed)}, indent=1) + "\n")
+        write_text(file, as_json(made | {"arms": study(model, config, data, seed)}))
     records = [read_json(file) for file in files]
     page = out / "cifar.md"
     old = page.read_text(encoding="utf-8") if page.exists() else f"# CIFAR-100\n\n{MARKERS[0]}\n{MARKERS[1]}\n"

@@ -11,19 +11,18 @@ shifted at the end, as in cifar.py, which this script shares its parts with. Rec
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import HERE, Config, Split, measure, read_data, study, train
+from cifar import HERE, Config, Split, features_of, measure, read_data, study, train
 from torch import nn
 from torchvision.models import resnet18
 
 from yolo_sos.core import SOS
-from yolo_sos.files import write_text
+from yolo_sos.files import as_json, write_text
 from yolo_sos.versions import git_commit, versions
 from yolo_sos.yolo.images import draw
 
@@ -65,10 +64,8 @@ def run(config: Recipe, data: dict[str, Split], arm: str, seed: int, file: Path)
     seconds = round(time.perf_counter() - begun)
     if arm == "baseline":
         return {"curve": curve, "seconds": seconds, "arms": study(model, config, data, seed)}
-    with torch.no_grad():
-        features = {name: torch.cat([model[:-1](x) for x, _ in of.batches()]) for name, of in data.items()}
     norm = float(model[-1].weight.detach().double().pow(2).sum())
-    figures = {"squared_norm": norm, **measure(model[-1], features, data)}
+    figures = {"squared_norm": norm, **measure(model[-1], features_of(model, data), data)}
     return {"curve": curve, "seconds": seconds, "arms": {"rows while training": figures}}
 
 
@@ -80,10 +77,8 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["baseline", "rows"], choices=["baseline", "rows"])
     parser.add_argument("--models", type=Path, default=Path("runs/cifar-resnet18"), help="where models are kept")
     parser.add_argument("--out", type=Path, default=HERE / "resnet18", help="where records go")
-    parser.add_argument("--epochs", type=int, default=Recipe.epochs)
-    parser.add_argument("--train", type=int, default=Recipe.train, help="training images")
     args = parser.parse_args()
-    config = Recipe(epochs=args.epochs, train=args.train)
+    config = Recipe()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data: dict[str, Split] = {}
     for seed in args.seeds:
@@ -92,10 +87,10 @@ def main() -> None:
             if file.exists():
                 continue
             data = data or {k: v.to(device) for k, v in read_data(args.data, config).items()}
-            made = {"seed": seed, "config": json.loads(json.dumps(asdict(config)))}
+            made = {"seed": seed, "config": asdict(config)}
             made |= {"versions": versions(), "commit": git_commit(), "device": str(device)}
             made |= run(config, data, arm, seed, args.models / f"{arm}-{seed}.pt")
-            write_text(file, json.dumps(made, indent=1) + "\n")
+            write_text(file, as_json(made))
 
 
 if __name__ == "__main__":

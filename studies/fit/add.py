@@ -18,7 +18,6 @@ adds a record per run to add.json, where those that exist stay, and prints the t
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from functools import partial
@@ -28,7 +27,7 @@ from tempfile import TemporaryDirectory
 from ultralytics import YOLO
 from ultralytics.utils import YAML
 
-from yolo_sos.files import write_text
+from yolo_sos.files import as_json, read_json, write_text
 from yolo_sos.markdown import markdown_table
 from yolo_sos.yolo import fit_checkpoint
 from yolo_sos.yolo.classes import resized
@@ -235,7 +234,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the fits")
     args = parser.parse_args()
     path = HERE / "add.json"
-    records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    records = read_json(path) if path.exists() else {}
     names = {c: COCO.get(name, name) for c, name in YAML.load(args.voc)["names"].items()}
     five = {c: name for c, name in names.items() if name in FIVE}
     cases = {"cells": (args.cells, YAML.load(args.cells)["names"], None), "five": (args.voc, five, IMAGES)}
@@ -251,7 +250,7 @@ def main() -> None:
             work |= {arm: partial(case.train, arm) for arm in arms[name]}
             for key, run in work.items():
                 of[key] = of.pop(key, None) or run()  # in this order
-                write_text(path, json.dumps(records, indent=1) + "\n")
+                write_text(path, as_json(records))
     print(table(records))
 
 

@@ -10,7 +10,6 @@ given stay.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import matplotlib.pyplot as plt
 from ultralytics.utils import YAML
 
 from yolo_sos.experiment.record import read_rows
-from yolo_sos.files import read_json, write_text
+from yolo_sos.files import as_json, read_json, write_text
 from yolo_sos.markdown import markdown_table
 
 HERE = Path(__file__).parent
@@ -82,10 +81,10 @@ def table(curves: dict[str, list[float]]) -> str:
 def main() -> None:
     """Gather, write and draw."""
     path = HERE / "curves.json"
-    curves = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    curves = read_json(path) if path.exists() else {}
     for project in sys.argv[1:]:
         curves |= gather(Path(project))
-    write_text(path, json.dumps(dict(sorted(curves.items())), indent=1) + "\n")
+    write_text(path, as_json(dict(sorted(curves.items()))))
     draw(curves)
     print(table(dict(sorted(curves.items()))))
 

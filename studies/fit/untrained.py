@@ -10,12 +10,11 @@ classes of the model are set aside unless --known is given. A record per fit; th
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from yolo_sos.files import write_text
+from yolo_sos.files import as_json, read_json, write_text
 from yolo_sos.yolo.classes import resized
 from yolo_sos.yolo.fit import CheckpointFit
 
@@ -59,12 +58,12 @@ def main() -> None:
     parser.add_argument("--known", action="store_true", help="names that the model knows are a prior")
     args = parser.parse_args()
     path = HERE / f"{args.name}.json"
-    records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    records = read_json(path) if path.exists() else {}
     for images in args.images:
         for seed in args.seeds:
             if (key := f"{images}-{seed}") not in records:
                 records[key] = fit(args, images if images == "all" else int(images), seed)
-                write_text(path, json.dumps(records, indent=1) + "\n")
+                write_text(path, as_json(records))
 
 
 if __name__ == "__main__":

@@ -30,9 +30,6 @@ its probability; now a row belongs to its most probable class.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import json
 import math
 import time
 import zlib
@@ -59,7 +56,7 @@ from yolo_sos.experiment.judge import quiet
 from yolo_sos.experiment.record import Record
 from yolo_sos.experiment.statistics import least_p
 from yolo_sos.experiment.table import BASELINE, ResultTable, Row
-from yolo_sos.files import finite, write_text
+from yolo_sos.files import as_csv, as_json, finite, write_text
 from yolo_sos.markdown import markdown_table
 from yolo_sos.versions import git_commit, versions
 from yolo_sos.yolo.checkpoint import Checkpoint
@@ -385,10 +382,6 @@ def write(folder: Path, experiment: str, command: str, settings: Settings, figur
         )
     )
     lines = [{k: v for k, v in row.figures.items() if k != "p_holm"} for row in table]
-    sheet = io.StringIO()
-    writer = csv.DictWriter(sheet, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(finite(line) for line in lines)
     record = {
         **{"experiment": experiment, "command": command, "metric": METRIC, "settings": asdict(settings)},
         **{"bits": BITS, "sigmas": SIGMAS, "severities": SEVERITIES, "least": LEAST, "bins": BINS},
@@ -396,8 +389,8 @@ def write(folder: Path, experiment: str, command: str, settings: Settings, figur
         "rows": [{**line, "differences": row.differences} for line, row in zip(lines, table, strict=True)],
     }
     write_text(stem.with_name(f"{stem.name}.md"), text + "\n")
-    write_text(stem.with_name(f"{stem.name}.csv"), sheet.getvalue())
-    write_text(stem.with_name(f"{stem.name}.json"), json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
+    write_text(stem.with_name(f"{stem.name}.csv"), as_csv(finite(lines)))
+    write_text(stem.with_name(f"{stem.name}.json"), as_json(record))
     return text
 
 

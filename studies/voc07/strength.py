@@ -11,11 +11,14 @@ held-out training images; all shifts are then scored on the split, by Ultralytic
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from yolo_sos.core import Method
-from yolo_sos.files import write_text
+from yolo_sos.files import as_json, write_text
 from yolo_sos.versions import git_commit, versions
 from yolo_sos.yolo.job import ShiftJob
 from yolo_sos.yolo.score import headline
@@ -24,21 +27,50 @@ METHODS = ("expected", "budget", "principal")
 GUARDS = (0.0025, 0.005, 0.01)
 
 
-def main() -> None:
-    """Measure one checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Return the options of a study of one checkpoint."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--weights", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--split", default="test")
     parser.add_argument("--name", required=True, help="of the checkpoint, in the record")
     parser.add_argument("--imgsz", type=int)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the record goes")
+    return parser
+
+
+def score(job: ShiftJob, options: argparse.Namespace, rows: list[dict[str, Any]], weights: Sequence[Any]) -> Any:
+    """Add to each shift's row its metrics and the change of the main one, and return those of the model as it is."""
+    metrics, *shifted = job.score(weights, options.split).metrics
+    main_metric = headline(metrics)
+    for row, scores in zip(rows, shifted, strict=True):
+        row |= {"metrics": scores, "change": scores[main_metric] - metrics[main_metric]}
+        told = ", ".join(f"{k}={v}" for k, v in row.items() if k in {"method", "shift", "images", "guard"})
+        print(
+            f"{told}: squared norm ×{row['squared_norm_ratio']:.3f}, held-out loss "
+            f"{row['heldout_after'] / row['heldout_before'] - 1:+.2%}, {main_metric} {row['change']:+.4f}"
+        )
+    return metrics
+
+
+def write(study: str, options: argparse.Namespace, **found: Any) -> None:
+    """Write the record of a study of one checkpoint."""
+    record = {"name": options.name, "data": Path(options.data).name, "split": options.split, **found}
+    record |= {"versions": versions(), "git_commit": git_commit()}
+    write_text(options.out / f"{study}-{options.name}.json", as_json(record))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure one checkpoint."""
+    parser = arguments(__doc__.split("\n", 1)[0])
     parser.add_argument("--images", type=int, default=512, help="training images to fit on")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     job = ShiftJob(options.weights, options.data, imgsz=options.imgsz, images=options.images, device="cpu", val=False)
     trials = [(Method(name), 0) for name in METHODS]
     engine = job.fitted(trials)
     heldout = engine.hold_out(job.images.batches("heldout"))
-    rows, weights = [], []
+    rows: list[dict[str, Any]] = []
+    weights: list[dict[str, Tensor]] = []
     for guard in GUARDS:
         for method, seed in trials:
             shift = engine.find(method, seed, heldout, guard)
@@ -56,25 +88,9 @@ def main() -> None:
                 }
             )
             weights.append(shift.weights(step))
-    metrics = job.score(weights, options.split).metrics
-    main_metric = headline(metrics[0])
-    for row, scores in zip(rows, metrics[1:], strict=True):
-        row |= {"metrics": scores, "change": scores[main_metric] - metrics[0][main_metric]}
-        print(
-            f"{row['method']:<10} guard {row['guard']:<7} squared norm ×{row['squared_norm_ratio']:.3f}, held-out loss "
-            f"{row['heldout_after'] / row['heldout_before'] - 1:+.2%}, {main_metric} {row['change']:+.4f}"
-        )
-    record = {
-        "name": options.name,
-        "data": Path(options.data).name,
-        "split": options.split,
-        "images": {name: len(of) for name, of in job.images.sets.items()},
-        "metrics": metrics[0],
-        "shifts": rows,
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
-    write_text(Path(__file__).with_name(f"strength-{options.name}.json"), json.dumps(record, indent=1) + "\n")
+    metrics = score(job, options, rows, weights)
+    images = {name: len(of) for name, of in job.images.sets.items()}
+    write("strength", options, images=images, metrics=metrics, shifts=rows)
 
 
 if __name__ == "__main__":

@@ -3,40 +3,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+from two_processes import run_two
 
-# Ultralytics knows DDP on GPUs alone: what it says of a device is left out, everything else is its own code.
 WORKER = """
-import hashlib, json, os, sys, traceback
-from pathlib import Path
-import torch
-from torch import distributed as dist, nn
-from ultralytics.utils.torch_utils import unwrap_model
+import hashlib
 from yolo_sos.core import SOS
-from yolo_sos.trainers import SOSDetectionTrainer
 from yolo_sos.yolo.heads import final_layers
 
-class DDP(nn.parallel.DistributedDataParallel):
-    def __init__(self, module, device_ids, **options):
-        super().__init__(module, **options)
-
-nn.parallel.DistributedDataParallel = DDP
-folder, fail = Path(sys.argv[2]), sys.argv[3] == "fail"
 told = []
 
-class Trainer(SOSDetectionTrainer):
-    def __init__(self, overrides):
-        super().__init__(overrides=overrides)
-        self.world_size, self.ddp = 2, False
-
-    def _setup_ddp(self):
-        dist.init_process_group("gloo")
-
+class Trainer(TwoProcesses):
     def validate(self):
         return (None, None) if self.metrics is None else (dict(self.metrics), 0.0)
 
@@ -67,7 +44,7 @@ def batch_end(trainer):
     before, total = digest(trainer.ema.ema, final), float(statistics.sum())
     told.append({"files": trainer.files, "before": before, "statistics": total})
 
-if fail:
+if how == "fail":
     real = SOS.shift
     def shift(*args, **kwargs):
         real(*args, **kwargs)
@@ -77,41 +54,14 @@ if fail:
 trainer = Trainer(json.loads(sys.argv[1]))
 trainer.add_callback("on_train_batch_end", batch_end)
 trainer.add_callback("on_train_epoch_end", note)
-try:
-    trainer._do_train()
-    error = None
-except Exception as e:
-    traceback.print_exc()
-    error = f"{type(e).__name__}: {e}"
-(folder / f"{os.environ['RANK']}.json").write_text(json.dumps({"told": told, "error": error}))
-dist.barrier()  # a rank that leaves early breaks the connections of the other
-dist.destroy_process_group()
-# Everything tested is done. After an exception in the middle of an epoch, torch's background threads now and then abort
-# the interpreter while it shuts down ("terminate called without an active exception").
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(0)
 """
 
 
 @pytest.fixture
 def launch(defaults, tmp_path):
     """``launch(how)`` returns what two workers noted."""
-
-    def launch(how: str) -> list[dict]:
-        script = tmp_path / "worker.py"
-        script.write_text(WORKER)
-        # A port that is chosen by whoever binds it: one that is found free here may be taken by then.
-        place = ["--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2"]
-        settings = json.dumps({**defaults, "amp": False, "batch": 12, "val": False})
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", *place, str(script), settings, str(tmp_path), how],
-            **{"capture_output": True, "text": True, "timeout": 120, "env": {**os.environ, "OMP_NUM_THREADS": "1"}},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-
-    return launch
+    settings = {**defaults, "amp": False, "batch": 12, "val": False}
+    return lambda how: run_two(WORKER, settings, tmp_path, how)
 
 
 @pytest.mark.feature("torch.distributed.run by hand", "works: model and EMA are equal on all ranks, bit for bit")

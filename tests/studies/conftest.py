@@ -15,10 +15,11 @@ STUDIES = Path(__file__).parents[2] / "studies"
 
 @pytest.fixture(scope="session")
 def load_study():
-    """``load_study(name)`` imports ``studies/<name>/<name>.py`` as a module."""
+    """``load_study(name, script)`` imports ``studies/<name>/<script>.py``, by default ``<name>.py``, as a module."""
 
-    def load(name: str):
-        spec = importlib.util.spec_from_file_location(f"study_{name}", STUDIES / name / f"{name}.py")
+    def load(name: str, script: str | None = None):
+        path = STUDIES / name / f"{script or name}.py"
+        spec = importlib.util.spec_from_file_location(f"study_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up
         spec.loader.exec_module(module)

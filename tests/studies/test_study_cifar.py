@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 
 import cv2
@@ -131,3 +132,26 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tool, data, confi
 def test_a_folder_without_images_is_named(tool, config, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train: there are no images <class>/\*.png"):
         tool.read_data(tmp_path, config)
+
+
+@pytest.mark.parametrize("arm", ["baseline", "rows"])
+def test_resnet18(load_study, tool, data, config, tmp_path, monkeypatch, arm):
+    """With another network: a shift after each epoch of the second half, and none in the baseline."""
+    monkeypatch.setitem(sys.modules, "cifar", tool)  # as the script imports it
+    resnet18 = load_study("cifar", "resnet18")
+    model = resnet18.network(config, CLASSES)
+    assert isinstance(model[-1], torch.nn.Linear) and model[-1].weight.shape == (CLASSES, 512)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, CLASSES)
+    monkeypatch.setattr(resnet18, "network", tool.network)
+    recipe = resnet18.Recipe(**{**vars(config), "rows": 8, "drawn_from": 40})
+    record = resnet18.run(recipe, data, arm, 0, tmp_path / f"{arm}.pt")
+    assert len(record["curve"]) == config.epochs
+    shifted = [0 < epoch["squared_norm_ratio"] < 1 for epoch in record["curve"] if "squared_norm_ratio" in epoch]
+    assert shifted == ([] if arm == "baseline" else [True] * 2)  # of three epochs
+    figures = record["arms"]["baseline" if arm == "baseline" else "rows while training"]
+    model = tool.network(config, CLASSES)
+    model.load_state_dict(torch.load(tmp_path / f"{arm}.pt", weights_only=True)["model"])
+    model.eval()
+    with torch.no_grad():
+        right = [float((model(x).argmax(1) == y).double().mean()) for x, y in data["test"].batches(size=40)]
+    assert figures["test_accuracy"] == pytest.approx(np.mean(right))

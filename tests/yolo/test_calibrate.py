@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from renamed import NAMES as DIGITS
+from renamed import renamed_data
 from stock import run_stock
 from ultralytics import YOLO
 from ultralytics.utils import nms
@@ -338,10 +340,7 @@ def test_a_shift_and_a_calibration_together(weights, data, monkeypatch):
 @pytest.fixture(scope="module")
 def renamed(data, tmp_path_factory) -> Path:
     """The same data under names that the checkpoint does not know; VOC's annotations have the old ones."""
-    content = {k: v for k, v in yaml.safe_load(data.read_text()).items() if k != "voc"}
-    path = tmp_path_factory.mktemp("data") / "renamed.yaml"
-    path.write_text(yaml.safe_dump({**content, "names": {k: f"digit {k}" for k in range(10)}}))
-    return path
+    return renamed_data(data, tmp_path_factory.mktemp("data"), voc=None)
 
 
 def test_a_fit_and_a_calibration_together(weights, renamed):
@@ -354,7 +353,7 @@ def test_a_fit_and_a_calibration_together(weights, renamed):
     alone = calibrate_checkpoint(path.with_name("best-fit.pt"), exist_ok=True).to_dict()
     found, expected = (of["branches"][0]["mapping"] for of in (together, alone))
     assert all(found[k] == pytest.approx(expected[k], rel=1e-4) for k in ("scale", "shift"))
-    assert together["classes"] == [f"digit {k}" for k in range(10)]
+    assert together["classes"] == [*DIGITS.values()]
     before, after = (together["branches"][0][key]["NLL"] for key in ("before", "after"))
     assert after < before
     fitted, calibrated = (Checkpoint(path.with_name(f"best-fit{end}.pt")).model for end in ("", "-calibrated"))

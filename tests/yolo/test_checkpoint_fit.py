@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from renamed import NAMES, renamed_data
 from stock import run_stock
 from ultralytics import YOLO
 from ultralytics.models.yolo.classify import ClassificationTrainer
@@ -29,14 +30,7 @@ from yolo_sos.yolo.images import covering_order
 @pytest.fixture
 def renamed(able, tmp_path):
     """``renamed(**changes)`` returns the digits under names that no model knows, with other entries changed."""
-
-    def make(**changes) -> Path:
-        names = {k: f"digit {k}" for k in range(10)}
-        path = tmp_path / f"renamed{len(list(tmp_path.glob('renamed*')))}.yaml"
-        path.write_text(yaml.safe_dump({**yaml.safe_load(able["data"].read_text()), "names": names, **changes}))
-        return path
-
-    return make
+    return lambda **changes: renamed_data(able["data"], tmp_path, **changes)
 
 
 @pytest.fixture
@@ -142,7 +136,7 @@ def test_appended_classes(weights, renamed, able):
     path = weights()
     report = fit_checkpoint(path, renamed(), batch=8, add=True, old=able["data"])
     new = path.with_name("best-fit.pt")
-    assert list(YOLO(new).names.values()) == [*map(str, range(10)), *(f"digit {k}" for k in range(10))]
+    assert list(YOLO(new).names.values()) == [*map(str, range(10)), *NAMES.values()]
     for old, both in zip(layers_of(path), layers_of(new), strict=True):
         assert both.shape == (20, old.shape[1]) and torch.equal(both[:10], old)
     assert report.old_after == pytest.approx(report.old_before, abs=1e-6) and report.old_before
@@ -197,7 +191,7 @@ def test_wrong_options_are_refused(weights, renamed, options, error, text):
 
 def test_data_that_cannot_be_fitted_is_refused(weights, renamed, tmp_path, digits):
     path = weights()
-    names = {**{k: f"digit {k}" for k in range(10)}, 10: "letter", 11: "comma"}
+    names = {**NAMES, 10: "letter", 11: "comma"}
     with pytest.raises(ValueError, match="no training image shows 'letter', 'comma'"):
         fit_checkpoint(path, renamed(names=names))
     with pytest.raises((ValueError, FileNotFoundError), match=r"images|labels|exceeds"):  # a label out of range
@@ -259,7 +253,7 @@ def test_a_classifier_is_fitted_to_new_classes(classifier_settings, tmp_path):
     large = (255 * np.kron(images, np.ones((4, 4)))).astype(np.uint8)
     order = np.random.default_rng(0).permutation(len(labels))
     parts = {"train": order[:250], "val": order[250:400], "test": order[400:410]}
-    names = [f"digit {k}" for k in range(10)]
+    names = [*NAMES.values()]
     root = build_image_folder(tmp_path / "set", {}, lambda: {k: (large[i], labels[i]) for k, i in parts.items()}, names)
     torch.manual_seed(0)
     settings = classifier_settings(data=str(root), epochs=5, optimizer="AdamW", lr0=0.005)

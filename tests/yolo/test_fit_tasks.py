@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from renamed import NAMES, renamed_data
 from ultralytics import YOLO
 
 from yolo_sos.core import affine_matrix
@@ -18,14 +19,6 @@ from yolo_sos.yolo.classes import class_layers, in_order
 
 SETTINGS = {"imgsz": 64, "batch": 8, "device": "cpu", "workers": 0, "plots": False}
 PLAIN = {k: 0.0 for k in ("mosaic", "translate", "scale", "hsv_h", "hsv_s", "hsv_v", "fliplr", "warmup_epochs")}
-
-
-def rename(data: Path, folder: Path) -> Path:
-    """Write a data YAML like another for its classes under names that no model knows."""
-    content = {**yaml.safe_load(data.read_text()), "path": str(data.parent), "names": [f"digit {k}" for k in range(10)]}
-    path = folder / "renamed.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
 
 
 @pytest.fixture
@@ -65,7 +58,7 @@ def trained(tiny, able, data_of, tmp_path):
 )
 def test_the_file_of_every_head_is_scored_used_and_trained_on(trained, tmp_path, task, head, end2end):
     path, data = trained(task, head, end2end)
-    renamed = rename(data, tmp_path)
+    renamed = renamed_data(data, tmp_path)
     report = fit_checkpoint(path, renamed, batch=8)
     assert not report.refusal, report.refusal
     assert report.heldout_after < report.heldout_before and 0.05 < report.explained < 1
@@ -84,7 +77,7 @@ def test_the_file_of_every_head_is_scored_used_and_trained_on(trained, tmp_path,
 
     stock = YOLO(report.output)
     metrics = stock.val(data=str(renamed), **SETTINGS)
-    assert stock.names == {k: f"digit {k}" for k in range(10)}
+    assert stock.names == NAMES
     assert report.metrics_after == pytest.approx(dict(metrics.results_dict), abs=1e-6)
     assert report.metrics_after["metrics/mAP50(B)"] > 0.1  # of random rows: 0
     image = np.zeros((64, 64, 3), np.uint8)
@@ -104,7 +97,8 @@ def fitted(able, tmp_path_factory) -> Path:
     """A fitted checkpoint."""
     folder = tmp_path_factory.mktemp("fitted")
     path = shutil.copy(able["best"], folder / "model.pt")
-    return Path(fit_checkpoint(path, rename(able["data"].parent / "set/data.yaml", folder), batch=8, val=False).output)
+    data = renamed_data(able["data"].parent / "set/data.yaml", folder)
+    return Path(fit_checkpoint(path, data, batch=8, val=False).output)
 
 
 @pytest.mark.parametrize("format", ["torchscript", "onnx"])

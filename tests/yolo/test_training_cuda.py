@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-import yaml
+from renamed import renamed_data
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils.patches import torch_load
@@ -113,10 +113,7 @@ def test_a_trained_checkpoint_is_shifted_as_on_the_cpu(run, digits, tmp_path, mo
 @pytest.fixture
 def renamed(able, tmp_path):
     """The digits under names that no model knows."""
-    path = tmp_path / "renamed.yaml"
-    names = {k: f"digit {k}" for k in range(10)}
-    path.write_text(yaml.safe_dump({**yaml.safe_load(able["data"].read_text()), "names": names}))
-    return path
+    return renamed_data(able["data"], tmp_path)
 
 
 def test_fit_head(train, able, renamed):

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-import yaml
+from renamed import renamed_data
 from ultralytics.utils.patches import torch_load
 from watched import same
 
@@ -39,10 +39,7 @@ class Starts:
 
 @pytest.fixture(scope="module")
 def renamed(able, tmp_path_factory):
-    names = {k: f"digit {k}" for k in range(10)}
-    path = tmp_path_factory.mktemp("data") / "renamed.yaml"
-    path.write_text(yaml.safe_dump({**yaml.safe_load(able["data"].read_text()), "names": names}))
-    return path
+    return renamed_data(able["data"], tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

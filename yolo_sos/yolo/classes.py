@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -22,11 +22,16 @@ def class_layers(model: nn.Module) -> dict[str, list[FinalLayer]]:
     Raises:
         TypeError: If the head has no such layers.
     """
-    layers = {layer.module: layer for layer in final_layers(model)}
-    if isinstance(head_of(model), Classify):
-        return {"": list(layers.values())}
-    branches = branches_of(head_of(model))  # type: ignore[arg-type]
-    return {name: [layers[last_of(tower)] for tower in branch["cls_head"]] for name, branch in branches.items()}
+    return by_branch(head_of(model), final_layers(model))
+
+
+def by_branch(head: nn.Module, layers: Iterable[FinalLayer]) -> dict[str, list[FinalLayer]]:
+    """Return those of a head's final ``layers`` that score the classes, see ``class_layers``."""
+    of_module = {layer.module: layer for layer in layers}
+    if isinstance(head, Classify):
+        return {"": list(of_module.values())}
+    branches = branches_of(head)  # type: ignore[arg-type]
+    return {name: [of_module[last_of(tower)] for tower in branch["cls_head"]] for name, branch in branches.items()}
 
 
 def in_order(model: nn.Module) -> list[FinalLayer]:
