@@ -163,7 +163,7 @@ def test_an_unknown_key_names_the_nearest(wrong, right):
 
 
 def test_an_unknown_choice_names_the_nearest():
-    with pytest.raises(ValueError, match=r"one of expected, principal, budget, full, rows; nearest: expected\."):
+    with pytest.raises(ValueError, match=r"one of loss, expected, principal, budget, full, rows; nearest: expected\."):
         SOSConfig.from_dict({"sos_method": "expectd"})
 
 

@@ -17,14 +17,16 @@ from typing import Any
 
 from torch import Tensor
 
-from yolo_sos.core import Method
+from yolo_sos.core import Method, as_float64, weight_matrix
 from yolo_sos.files import as_json, write_text
 from yolo_sos.versions import git_commit, versions
 from yolo_sos.yolo.job import ShiftJob
 from yolo_sos.yolo.score import headline
 
-METHODS = ("expected", "budget", "principal")
+METHODS = ("loss", "expected", "budget", "principal")
 GUARDS = (0.0025, 0.005, 0.01)
+GUARD = 0.005  # of the budgets below, which the guard does not search for
+BUDGETS = (2e-4, 1e-3, 2e-3)  # of loss, beside the largest that is searched for
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -45,7 +47,7 @@ def score(job: ShiftJob, options: argparse.Namespace, rows: list[dict[str, Any]]
     main_metric = headline(metrics)
     for row, scores in zip(rows, shifted, strict=True):
         row |= {"metrics": scores, "change": scores[main_metric] - metrics[main_metric]}
-        told = ", ".join(f"{k}={v}" for k, v in row.items() if k in {"method", "shift", "images", "guard"})
+        told = ", ".join(f"{k}={v}" for k, v in row.items() if k in {"method", "budget", "guard"} and v)
         print(
             f"{told}: squared norm ×{row['squared_norm_ratio']:.3f}, held-out loss "
             f"{row['heldout_after'] / row['heldout_before'] - 1:+.2%}, {main_metric} {row['change']:+.4f}"
@@ -60,34 +62,36 @@ def write(study: str, options: argparse.Namespace, **found: Any) -> None:
     write_text(options.out / f"{study}-{options.name}.json", as_json(record))
 
 
+def squared_norm(weight: Tensor) -> float:
+    """Return ‖V‖²."""
+    return float(as_float64(weight).square().sum())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure one checkpoint."""
     parser = arguments(__doc__.split("\n", 1)[0])
     parser.add_argument("--images", type=int, default=512, help="training images to fit on")
     options = parser.parse_args(argv)
     job = ShiftJob(options.weights, options.data, imgsz=options.imgsz, images=options.images, device="cpu", val=False)
-    trials = [(Method(name), 0) for name in METHODS]
-    engine = job.fitted(trials)
+    trials = [(guard, Method(name)) for name in METHODS for guard in GUARDS]
+    trials += [(GUARD, Method("loss", budget=budget)) for budget in BUDGETS]
+    engine = job.fitted([(method, 0) for _, method in trials])
     heldout = engine.hold_out(job.images.batches("heldout"))
     rows: list[dict[str, Any]] = []
     weights: list[dict[str, Tensor]] = []
-    for guard in GUARDS:
-        for method, seed in trials:
-            shift = engine.find(method, seed, heldout, guard)
-            step, before, after = engine.accept(shift, heldout, guard)
-            rows.append(
-                {
-                    "method": method.name,
-                    "guard": guard,
-                    "rank": shift.method.rank,
-                    "budget": shift.method.budget,
-                    "step": step,
-                    "squared_norm_ratio": shift.squared_norm_ratio,
-                    "heldout_before": before,
-                    "heldout_after": after,
-                }
-            )
-            weights.append(shift.weights(step))
+    norm = sum(squared_norm(weight_matrix(layer.module)) for layer in job.layers)
+    for guard, method in trials:
+        shift = engine.find(method, 0, heldout, guard)
+        step, before, after = engine.accept(shift, heldout, guard)
+        weights.append(shift.weights(step))
+        rows.append(
+            {
+                **{"method": method.name, "guard": guard, "found": method.is_found},
+                **{"rank": shift.method.rank, "budget": shift.method.budget, "step": step},
+                "squared_norm_ratio": sum(map(squared_norm, weights[-1].values())) / norm,
+                **{"heldout_before": before, "heldout_after": after},
+            }
+        )
     metrics = score(job, options, rows, weights)
     images = {name: len(of) for name, of in job.images.sets.items()}
     write("strength", options, images=images, metrics=metrics, shifts=rows)

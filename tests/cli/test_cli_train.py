@@ -71,7 +71,7 @@ def handed(monkeypatch):
     [
         (["train", "sos=maybe"], "'sos=maybe' is invalid: sos must be true or false"),
         (["train", "sos=true", "sos_rank=1.5"], "'sos_rank=1.5' is invalid: sos_rank must be an integer"),
-        (["train", "sos=true", "sos_method=pca"], "sos_method must be one of expected"),
+        (["train", "sos=true", "sos_method=pca"], "sos_method must be one of loss"),
         (["train", "sos=true", "sos_layers=boxes"], "sos_layers must be 'all' or a list of box, cls"),
         (["train", "sos_rank=0.25"], "sos_rank=0.25 without sos=true would train without SOS. Add sos=true."),
         (["train", "sos_rank=8", "sos_start=0"], "sos_rank=8, sos_start=0 without sos=true"),

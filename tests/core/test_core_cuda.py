@@ -92,7 +92,7 @@ def test_drawn_rows(size):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "loss"])  # which asks for a replay
 def test_a_model(name, autocast):
     """From batches on the CPU, and where the forward pass is autocast: what it rounds is float16's last digit."""
     torch.manual_seed(0)

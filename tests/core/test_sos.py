@@ -189,7 +189,7 @@ def test_nothing_is_read_where_no_shift_is_due():
         ("guard", -0.1, "a number of at least 0, or none"),
         ("start", 1.1, "a number from 0 to 1"),
         ("interval", 0, "an integer of at least 1"),
-        ("method", "pca", "one of expected"),
+        ("method", "pca", "one of loss"),
         ("solver", "qr", "one of svd, gauss"),
         ("weighting", "loss", "one of balanced"),
     ],

@@ -1,9 +1,10 @@
 # yolo-sos, AGPL-3.0
-"""The studies of strength and of a shift that keeps the loss, on a tiny checkpoint."""
+"""The study of strength, on a tiny checkpoint."""
 
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 
@@ -27,8 +28,9 @@ def test_strength(load_study, weights, digits, tmp_path):
     tool.main([*given(weights, digits, tmp_path), "--images", "8"])
     record = read(tmp_path, "strength")
     assert record["images"] == {"heldout": 4, "selection": 0, "fit": 8}
-    assert [(row["method"], row["guard"]) for row in record["shifts"]] == [
-        (method, guard) for guard in tool.GUARDS for method in tool.METHODS
-    ]
+    found = [row for row in record["shifts"] if row["found"]]
+    assert [(row["method"], row["guard"]) for row in found] == list(product(tool.METHODS, tool.GUARDS))
+    budgets = [(row["method"], row["budget"]) for row in record["shifts"] if not row["found"]]
+    assert budgets == [("loss", budget) for budget in tool.BUDGETS]
     for row in record["shifts"]:
         assert row["heldout_after"] <= (1 + row["guard"]) * row["heldout_before"]

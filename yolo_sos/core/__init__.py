@@ -8,6 +8,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
     {  # imported when first asked for: reading settings must not load torch
         "calibration": ("OWN_MAP", "AffineMap", "NoMapError", "fit_logistic", "fit_softmax", "fold"),
         "capture": ("InputCapture", "evaluation", "original_module"),
+        "curvature": ("Curvature", "hessian_diagonal"),
         "engine": ("Engine", "Shift", "Stopwatch"),
         "fit": ("FitReport", "LayerFit", "fit_layer", "fit_model", "judge"),
         "fitting": ("ROUGH", "RidgePath", "RidgeProblem", "Rows", "fit_path"),

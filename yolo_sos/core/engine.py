@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_sos.core.capture import InputCapture, evaluation
+from yolo_sos.core.curvature import Curvature
 from yolo_sos.core.heldout import HeldOut
 from yolo_sos.core.layers import (
     FinalLayer,
@@ -143,8 +144,12 @@ class Engine:
         self.watched = list({layer.name: layer for layer in (*task.layers, *layers)}.values())
         self.watch = Stopwatch(self.layers[0].module.weight.device)  # type: ignore[arg-type]
         self._trials: dict[tuple[Any, ...], list[tuple[Method, int]]] = {}
+        self._curvature: Curvature | None = None
         for method, seed in trials:
-            self._trials.setdefault(_cache_key(method, seed), []).append((method, seed))
+            if method.name != "loss":
+                self._trials.setdefault(_cache_key(method, seed), []).append((method, seed))
+            elif self._curvature is None:
+                self._curvature = Curvature(task, self.layers, self.watched, seed)
         self._accumulators: dict[tuple[Any, ...], dict[str, Moments | RowSample]] = {key: {} for key in self._trials}
 
     def run(
@@ -198,11 +203,14 @@ class Engine:
                         accumulator.update(rows.of(layer), weights)
                     else:
                         accumulator.update(rows.of(layer), groups, weights)
+            if self._curvature:
+                self._curvature.add(batch, output, inputs)
             if observe is not None:
                 observe(batch, output, inputs)
 
         self.run(batches, add, "rows")
-        if not any(a.rows for of in self._accumulators.values() for a in of.values()):
+        seen = [a.rows for of in self._accumulators.values() for a in of.values()]
+        if not any((*seen, *(self._curvature.rows.values() if self._curvature else ()))):
             raise ValueError("There is nothing to fit on: no batch had a row.")
         for key, accumulators in self._accumulators.items():
             if self._trials[key][0][0].name != "rows":  # the sample has served; held-out batches need the memory
@@ -218,9 +226,14 @@ class Engine:
 
     def solve(self, method: Method, seed: int = 0) -> Shift:
         """Return the shift of all chosen layers by one of the methods."""
+        self.watch.lap("solve")
+        if method.name == "loss":
+            assert self._curvature is not None
+            results, rows = self._curvature.solve(method.at().budget or 0.0), self._curvature.rows
+            each = self.watch.lap("solve") / len(results)  # they are solved together
+            return Shift(method, seed, self.layers, results, rows, dict.fromkeys(results, each))
         accumulators = self._accumulators[_cache_key(method, seed)]
         results, milliseconds = {}, {}
-        self.watch.lap("solve")
         for layer in self.layers:
             results[layer.name] = solve(method, accumulators[layer.name], weight_matrix(layer.module))
             milliseconds[layer.name] = self.watch.lap("solve")
@@ -228,7 +241,7 @@ class Engine:
         return Shift(method, seed, self.layers, results, rows, milliseconds)
 
     def moments(self, layer: FinalLayer, method: Method) -> Moments:
-        """Return the second moment of a layer's rows that a method is solved with; not for method ``rows``."""
+        """Return the second moment of a layer's rows that a method is solved with; not for ``rows`` and ``loss``."""
         moments = self._accumulators[_cache_key(method, 0)][layer.name]
         assert isinstance(moments, Moments)
         return moments

@@ -42,8 +42,8 @@ class ShiftResult:
             G. 0 where there is no output to change.
         status (str): ``ok``; ``non-finite``: NaN or Inf in the input, or an overflow; ``rank-zero``: the rows span
             nothing.
-        transform (Tensor | None): ``(d, d)`` float64, on the solver's device, with ``V* = V transform``; None unless
-            status is ok.
+        transform (Tensor | None): ``(d, d)`` float64, on the solver's device, with ``V* = V transform``, or one for
+            each row of V, ``(out, d, d)``; None unless status is ok.
     """
 
     weight: Tensor
@@ -59,7 +59,7 @@ class ShiftResult:
         if self.transform is None or step == 0.0:
             return tensor
         x = as_float64(tensor.flatten(1)).to(self.transform.device)
-        moved = x + step * (x @ self.transform - x)
+        moved = x + step * (_times(x, self.transform) - x)
         return _like(moved, tensor).view_as(tensor)
 
 
@@ -74,9 +74,10 @@ def unchanged(weight: Tensor, status: str) -> ShiftResult:
     return ShiftResult(weight, 0.0, norm, norm, status=status)
 
 
-def _solved(weight: Tensor, transform: Tensor, rank: float, deviation: float) -> ShiftResult:
+def solved(weight: Tensor, transform: Tensor, rank: float, deviation: float) -> ShiftResult:
+    """Return a result with ``V* = V transform``, or one that says why not where that is not finite."""
     v = as_float64(weight).to(transform.device)
-    shifted = v @ transform
+    shifted = _times(v, transform)
     norm_before, norm_after = float(v.norm()), float(shifted.norm())
     new = _like(shifted, weight)
     # The new weight too: an entry of V* can be larger than any of V, more than float16 holds.
@@ -85,7 +86,12 @@ def _solved(weight: Tensor, transform: Tensor, rank: float, deviation: float) ->
     return ShiftResult(new, float(rank), norm_before, norm_after, deviation, transform=transform)
 
 
-def _ratio(change: Tensor, size: Tensor) -> float:
+def _times(x: Tensor, transform: Tensor) -> Tensor:
+    return x @ transform if transform.ndim == 2 else torch.einsum("kd,kde->ke", x, transform)
+
+
+def ratio(change: Tensor, size: Tensor) -> float:
+    """Return ``change / size``, 0 where there is nothing to change."""
     return float(change) / float(size) if size > 0 else 0.0
 
 
@@ -133,8 +139,8 @@ def minimum_norm_shift(
     if rank == 0:
         return unchanged(weight, RANK_ZERO)
     rows = a / a.abs().max()  # the deviation is relative
-    deviation = _ratio((rows @ (v @ transform - v).T).norm(), (rows @ v.T).norm())
-    return _solved(weight, transform, rank, deviation)
+    deviation = ratio((rows @ (v @ transform - v).T).norm(), (rows @ v.T).norm())
+    return solved(weight, transform, rank, deviation)
 
 
 def _svd(a: Tensor, rtol: float) -> tuple[Tensor, int]:
@@ -221,7 +227,7 @@ def expected_shift(moments: Moments, weight: Tensor, *, rows: float) -> ShiftRes
         if rows >= len(eigenvalues):
             return torch.ones_like(eigenvalues)
         # Σf falls from the rank at μ = 0 to 0 at μ = ∞.
-        return _ridge(eigenvalues, lambda f: float(f.sum()) < rows)
+        return ridge(eigenvalues, lambda f: float(f.sum()) < rows)
 
     return _spectral_shift(moments, weight, expected)
 
@@ -249,15 +255,15 @@ def budgeted_shift(moments: Moments, weight: Tensor, *, budget: float) -> ShiftR
         if budget == 0.0 or not outputs.any():
             return torch.ones_like(eigenvalues)
         total = float(outputs.sum())
-        return _ridge(eigenvalues, lambda f: float((outputs * (1 - f) ** 2).sum()) > budget**2 * total)
+        return ridge(eigenvalues, lambda f: float((outputs * (1 - f) ** 2).sum()) > budget**2 * total)
 
     return _spectral_shift(moments, weight, budgeted)
 
 
-def _ridge(eigenvalues: Tensor, too_much: Callable[[Tensor], bool]) -> Tensor:
-    """Return f = λ/(λ+μ) at the μ where ``too_much``, monotone in μ, turns true: bisection on log μ."""
-    low = math.log(float(eigenvalues[-1])) - 45.0  # f = 1 to the last bit there, for every λ
-    high = math.log(float(eigenvalues[0])) + 45.0  # and f < 1e-19 there
+def ridge(eigenvalues: Tensor, too_much: Callable[[Tensor], bool]) -> Tensor:
+    """Return f = λ/(λ+μ) for λ > 0 at the μ where ``too_much``, monotone in μ, turns true: bisection on log μ."""
+    low = math.log(float(eigenvalues.min())) - 45.0  # f = 1 to the last bit there, for every λ
+    high = math.log(float(eigenvalues.max())) + 45.0  # and f < 1e-19 there
     for _ in range(200):  # ends when the interval cannot be halved in float64
         middle = (low + high) / 2
         if middle in (low, high):
@@ -298,8 +304,8 @@ def _spectral_shift(
     f = spectral_filter(eigenvalues.cpu(), energy.cpu()).to(v.device)
     # ‖A X‖_F² = tr(Xᵀ G X): the outputs' norm without the rows
     outputs = eigenvalues * energy
-    deviation = _ratio(((1 - f) ** 2 * outputs).sum().sqrt(), outputs.sum().sqrt())
-    return _solved(weight, (vectors * f) @ vectors.T, float(f.sum()), deviation)
+    deviation = ratio(((1 - f) ** 2 * outputs).sum().sqrt(), outputs.sum().sqrt())
+    return solved(weight, (vectors * f) @ vectors.T, float(f.sum()), deviation)
 
 
 def solve(method: Method, rows: Moments | RowSample, weight: Tensor) -> ShiftResult:

@@ -1,0 +1,168 @@
+# yolo-sos, AGPL-3.0
+"""The smallest weights with the same loss, to second order: method ``loss``.
+
+A change ΔV of the final layers changes the loss, where its slope is 0, by about ``½ Σ_k Δv_k G_k Δv_kᵀ``. The sum is
+over all outputs k of all layers, v_k is the row of V that makes output k, and ``G_k = Σᵢ h_ik aᵢᵀaᵢ`` with h_ik the
+second derivative of the loss in that output on row i: the diagonal of its Hessian in the outputs. Of all weights for
+which this is at most a given rise, those of least norm are ``v_k G_k (G_k + μI)⁻¹`` with one μ for all outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from yolo_sos.core.heldout import layer_outputs
+from yolo_sos.core.layers import FinalLayer, input_rows, weight_matrix
+from yolo_sos.core.moments import CHUNK, as_float64
+from yolo_sos.core.solvers import EPS, NON_FINITE, ShiftResult, ratio, ridge, solved, unchanged
+from yolo_sos.core.tasks import Task
+
+PROBES = 8  # of the Hessian's diagonal; for class scores, each of which has a loss of its own, one would be exact
+
+
+class Curvature:
+    """Second moments of the final layers' rows, one for each output, weighted by the curvature of the loss in it.
+
+    Memory is O(out · d²) for each layer, whatever the number of rows.
+
+    Args:
+        task (Task): Gives the loss as a function of the layers' outputs, see ``Task.replay``.
+        layers (Sequence[FinalLayer]): The layers to shift.
+        watched (Sequence[FinalLayer]): All layers whose outputs the task replays.
+        seed (int): Of the random signs by which the diagonal of the Hessian is estimated.
+
+    Attributes:
+        rows (dict[str, int]): Layer name → rows seen.
+        loss (float): Sum of the losses of all images.
+    """
+
+    def __init__(self, task: Task, layers: Sequence[FinalLayer], watched: Sequence[FinalLayer], seed: int):
+        """Start at zero."""
+        self.task, self.layers, self.watched = task, layers, watched
+        self.rows = {layer.name: 0 for layer in layers}
+        self.loss = 0.0
+        self._matrices: dict[str, Tensor] = {}  # layer name → G, (out, d, d)
+        self._generator = torch.Generator(layers[0].module.weight.device).manual_seed(seed)  # type: ignore[arg-type]
+
+    def add(self, batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
+        """Add the rows of a batch, with what the model returned and what its layers received.
+
+        Raises:
+            ValueError: If the task cannot replay outputs.
+        """
+        for layer, h in zip(self.layers, self._second_derivatives(batch, output, inputs), strict=True):
+            rows = input_rows(layer.module, inputs[layer.name])
+            self.rows[layer.name] += len(rows)
+            if layer.name not in self._matrices:
+                self._matrices[layer.name] = as_float64(rows).new_zeros(h.shape[1], rows.shape[1], rows.shape[1])
+            some = h.any(1)  # a box has a loss only where there is an object
+            chunk = CHUNK.get(rows.device.type, CHUNK["cpu"])
+            for a, weights in zip(rows[some].split(chunk), h[some].split(chunk), strict=True):
+                a, weights = as_float64(a), as_float64(weights)
+                for g, w in zip(self._matrices[layer.name], weights.T, strict=True):
+                    g.addmm_((a * w[:, None]).T, a)
+
+    def _second_derivatives(self, batch: Any, output: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Return ``∂²L/∂z²``, ``(n, out)`` and at least 0, of each layer, for L the sum of the images' losses."""
+        size, state = self.task.size(batch), self.task.replay_state(batch, output)
+        if state is None:
+            raise ValueError(
+                "method='loss' differentiates the loss in the outputs of the final layers, which only a task that can "
+                "replay them allows, such as a detector's. Choose another method: 'expected' is the default."
+            )
+        outputs = layer_outputs(self.watched, {}, inputs)
+        leaves = {layer.name: outputs[layer.name].detach().requires_grad_() for layer in self.layers}
+        with torch.enable_grad():
+            loss = size * self.task.loss(self.task.replay(state[1], {**outputs, **leaves}), state[0])
+            self.loss += float(loss)
+            found = hessian_diagonal(loss, list(leaves.values()), self._generator)
+        # Convolutions (B, out, H, W), linear layers (..., out)
+        return [(h.movedim(1, -1) if h.ndim == 4 else h).flatten(0, -2).clamp(min=0) for h in found]
+
+    @cached_property
+    def _spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Eigenvalues ``(out, d)``, 0 where rounding decides, and eigenvectors ``(out, d, d)`` of finite layers."""
+        found = {}
+        for name, matrix in self._matrices.items():
+            if matrix.isfinite().all():
+                values, vectors = torch.linalg.eigh(matrix)
+                found[name] = (
+                    values.where(values > values.shape[1] * EPS * values[:, -1:], values.new_zeros(())),
+                    vectors,
+                )
+        self._matrices = {}  # they have served
+        return found
+
+    def solve(self, budget: float) -> dict[str, ShiftResult]:
+        """Return the shift of each layer that raises the loss by a budget, to second order, all layers together.
+
+        An output in which the loss has no curvature on these rows keeps its weights: nothing is known of it.
+
+        Args:
+            budget (float): The rise of the loss, relative to it, at least 0.
+
+        Returns:
+            (dict[str, ShiftResult]): Layer name → its shift, with ``transform`` ``(out, d, d)``. ``rank`` is the mean
+                over the outputs of Σf, ``f = λ/(λ+μ)``; in ``deviation`` the curvature weighs outputs and rows.
+        """
+        weights = {layer.name: weight_matrix(layer.module) for layer in self.layers}
+        results = {name: unchanged(v, NON_FINITE) for name, v in weights.items()}
+        finite = {name: s for name, s in self._spectra.items() if weights[name].isfinite().all()}
+        energies = {
+            name: torch.einsum("kd,kde->ke", as_float64(weights[name]).to(vectors.device), vectors).square()
+            for name, (_, vectors) in finite.items()
+        }
+        filters = self._filters({name: values for name, (values, _) in finite.items()}, energies, budget)
+        for name, (values, vectors) in finite.items():
+            f, outputs = filters[name], values * energies[name]
+            deviation = ratio(((1 - f) ** 2 * outputs).sum().sqrt(), outputs.sum().sqrt())
+            transform = (vectors * f[:, None]) @ vectors.mT
+            results[name] = solved(weights[name], transform, float(f.sum()) / len(f), deviation)
+        return results
+
+    def _filters(self, values: dict[str, Tensor], energies: dict[str, Tensor], budget: float) -> dict[str, Tensor]:
+        """Return f ``(out, d)`` of each layer: λ/(λ+μ), one μ for all; 1 in outputs without curvature."""
+        filters = {name: (of == 0).all(1, keepdim=True).expand_as(of).to(of) for name, of in values.items()}
+        curved = {name: of > 0 for name, of in values.items()}
+        # On the CPU: finding μ takes a hundred comparisons of scalars.
+        eigenvalues = torch.cat([of[curved[name]].cpu() for name, of in values.items()] or [torch.empty(0)])
+        if len(eigenvalues):
+            outputs = eigenvalues * torch.cat([of[curved[name]].cpu() for name, of in energies.items()])
+            allowed = budget * abs(self.loss)
+            f = ridge(eigenvalues, lambda f: float(((1 - f) ** 2 * outputs).sum()) / 2 > allowed)
+            for (name, mask), some in zip(
+                curved.items(), f.split([int(m.sum()) for m in curved.values()]), strict=True
+            ):
+                filters[name][mask] = some.to(filters[name])
+        return filters
+
+
+def hessian_diagonal(loss: Tensor, leaves: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """Return an unbiased estimate of ``∂²loss/∂z²`` for each entry of the leaves, shaped as they are.
+
+    The mean of ``s ⊙ Hs`` over random signs s (Bekas, Kokiopoulou & Saad, *An estimator for the diagonal of a matrix*,
+    Applied Numerical Mathematics 57, 2007).
+
+    Args:
+        loss (Tensor): A scalar, with a graph that can be differentiated twice.
+        leaves (Sequence[Tensor]): The tensors z.
+        generator (torch.Generator): Of the signs, on the leaves' device.
+    """
+    found = [torch.zeros_like(leaf) for leaf in leaves]
+    slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+    bent = [k for k, slope in enumerate(slopes) if slope is not None and slope.requires_grad]  # in others it is linear
+    for _ in range(PROBES if bent else 0):
+        signs = [
+            torch.empty_like(leaves[k], dtype=torch.int8).random_(2, generator=generator).to(leaves[k]) * 2 - 1
+            for k in bent
+        ]
+        of = [slopes[k] for k in bent], [leaves[k] for k in bent]
+        products = torch.autograd.grad(*of, signs, retain_graph=True, materialize_grads=True)
+        for k, sign, product in zip(bent, signs, products, strict=True):
+            found[k] += sign * product / PROBES
+    return found
