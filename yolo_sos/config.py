@@ -81,8 +81,11 @@ class SOSConfig:
     """
 
     sos: bool = _setting(False, boolean, "turn SOS on")
-    sos_method: str = _setting(
-        "expected", choice(*METHODS), "expected, principal, budget, full or rows (the paper's, Algorithm 1)"
+    sos_method: str | None = _setting(
+        None,
+        optional(choice(*METHODS)),
+        "loss, expected, principal, budget, full or rows (the paper's, Algorithm 1); none: loss, but expected for a "
+        "classifier, and where sos_rank or sos_weighting is given",
     )
     sos_rank: int | float | None = _setting(
         None,
@@ -98,8 +101,8 @@ class SOSConfig:
     sos_budget: float | None = _setting(
         None,
         optional(checks.budget),
-        "for method budget: relative change of the outputs that is allowed, at least 0 and below 1; none: the largest "
-        "up to 0.1 that the guard accepts, 0.01 without a guard",
+        "relative change that is allowed, at least 0 and below 1: of the loss, to second order (loss), or of the "
+        "outputs (budget); none: the largest up to 0.0005 and 0.1 that the guard accepts, 0.0001 and 0.01 without",
     )
     sos_solver: str = _setting(
         "svd", choice(*SOLVERS), "for method rows: svd, or gauss, the elimination of Algorithm 1"
@@ -117,8 +120,8 @@ class SOSConfig:
     sos_images: int | None = _setting(
         None,
         optional(_COUNT),
-        "training images to fit on; half as many others, at most 32, are held out; none: 8, or 3 per class if that is "
-        "more, and for a classifier no fewer than the rank",
+        "training images to fit on, at most; half as many others, at most 32, are held out; none: 512, or 3 per class "
+        "if that is more, and for a classifier no fewer than the rank",
     )
     sos_layers: str | list[str] = _setting("all", _layers, f"all, or kinds of final layers: {', '.join(KINDS)}")
     sos_guard: float | None = _setting(
@@ -211,10 +214,14 @@ class SOSConfig:
         """Whether nothing is asked for that Ultralytics' own trainer does not do."""
         return not self.sos and all(getattr(self, key) == SCHEMA[key].default for key in RECIPE)
 
-    @property
-    def method(self) -> Method:
-        """The settings that say how weights are found."""
-        return Method(self.sos_method, self.sos_rank, self.sos_budget, self.sos_solver, self.sos_weighting)
+    def method_of(self, task: str) -> Method:
+        """Return the settings that say how weights are found, for ``detect`` or another task of Ultralytics.
+
+        ``loss`` has neither rank nor weighting, and for a classifier it takes a matrix of size d² for each class.
+        """
+        unfit = task == "classify" or self.sos_rank is not None or self.sos_weighting != SCHEMA["sos_weighting"].default
+        name = self.sos_method or ("expected" if unfit else "loss")
+        return Method(name, self.sos_rank, self.sos_budget, self.sos_solver, self.sos_weighting)
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -117,7 +117,7 @@ class SOSClassificationTrainer(SOSMixin, ClassificationTrainer):
 
     def _rank(self) -> int:
         """Return the number of dimensions that the method keeps, half of d if the guard finds it; 0 if it has none."""
-        method = self.sos.method
+        method = self.sos.method_of(self.args.task)
         if method.name not in {"principal", "expected", "rows"}:
             return 0
         (final,) = final_layers(unwrap_model(self.model))

@@ -30,9 +30,12 @@ def test_every_method_goes_over_its_range():
     for name, draws in ("principal", 1), ("expected", 1), ("rows", 2):
         assert sorted(m.rank for m, _ in trials if m.name == name) == sorted(draws * RANKS)
     assert sorted({seed for m, seed in trials if m.name == "rows"}) == [5, 6]
-    assert [m.budget for m, _ in trials if m.name == "budget"] == list(BUDGETS)
-    assert (min(RANKS), max(RANKS), min(BUDGETS), max(BUDGETS)) == (1 / 8, 1.0, 1e-3, 0.3)
-    assert len(trials_of(["balanced", "uniform"])) == 2 * len(trials_of(["uniform"]))
+    for name, budgets in BUDGETS.items():
+        assert [m.budget for m, _ in trials if m.name == name] == list(budgets)
+    assert (min(RANKS), max(RANKS), min(BUDGETS["budget"]), max(BUDGETS["budget"])) == (1 / 8, 1.0, 1e-3, 0.3)
+    of_loss = len(BUDGETS["loss"])  # which has no weighting
+    assert len(trials_of(["balanced", "uniform"])) - of_loss == 2 * (len(trials_of(["uniform"])) - of_loss)
+    assert {m.name for m, _ in trials_of(["balanced"], task="classify")} == set(METHODS) - {"loss"}
 
 
 def test_the_results_stand_beside_the_checkpoint_which_stays(swept, trained):
@@ -41,7 +44,7 @@ def test_the_results_stand_beside_the_checkpoint_which_stays(swept, trained):
     assert path.read_bytes() == trained["best"].read_bytes()
     with open(path.with_name("best-sweep.csv"), newline="") as f:
         rows = list(csv.DictReader(f))
-    assert len(rows) == len(points) == 1 + 1 + 6 + 6 + 6 + 12
+    assert len(rows) == len(points) == 1 + 6 + 1 + 6 + 6 + 6 + 12
     assert rows[0]["method"] == "baseline"
     assert [r["method"] for r in rows] == [p.method for p in points]
     for row, point in zip(rows, points, strict=True):

@@ -22,8 +22,6 @@ from yolo_sos.core.moments import CHUNK, as_float64
 from yolo_sos.core.solvers import EPS, NON_FINITE, ShiftResult, ratio, ridge, solved, unchanged
 from yolo_sos.core.tasks import Task
 
-PROBES = 8  # of the Hessian's diagonal; for class scores, each of which has a loss of its own, one would be exact
-
 
 class Curvature:
     """Second moments of the final layers' rows, one for each output, weighted by the curvature of the loss in it.
@@ -91,10 +89,8 @@ class Curvature:
         for name, matrix in self._matrices.items():
             if matrix.isfinite().all():
                 values, vectors = torch.linalg.eigh(matrix)
-                found[name] = (
-                    values.where(values > values.shape[1] * EPS * values[:, -1:], values.new_zeros(())),
-                    vectors,
-                )
+                least = values.shape[1] * EPS * values[:, -1:]
+                found[name] = values.where(values > least, values.new_zeros(())), vectors
         self._matrices = {}  # they have served
         return found
 
@@ -135,18 +131,18 @@ class Curvature:
             outputs = eigenvalues * torch.cat([of[curved[name]].cpu() for name, of in energies.items()])
             allowed = budget * abs(self.loss)
             f = ridge(eigenvalues, lambda f: float(((1 - f) ** 2 * outputs).sum()) / 2 > allowed)
-            for (name, mask), some in zip(
-                curved.items(), f.split([int(m.sum()) for m in curved.values()]), strict=True
-            ):
-                filters[name][mask] = some.to(filters[name])
+            parts = f.split([int(mask.sum()) for mask in curved.values()])
+            for (name, mask), part in zip(curved.items(), parts, strict=True):
+                filters[name][mask] = part.to(filters[name])
         return filters
 
 
 def hessian_diagonal(loss: Tensor, leaves: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
     """Return an unbiased estimate of ``∂²loss/∂z²`` for each entry of the leaves, shaped as they are.
 
-    The mean of ``s ⊙ Hs`` over random signs s (Bekas, Kokiopoulou & Saad, *An estimator for the diagonal of a matrix*,
-    Applied Numerical Mathematics 57, 2007).
+    ``s ⊙ Hs`` for random signs s (Bekas, Kokiopoulou & Saad, *An estimator for the diagonal of a matrix*, Applied
+    Numerical Mathematics 57, 2007). It is exact where H is diagonal, as for class scores that have a loss each; for box
+    outputs one draw is enough, since a sum over hundreds of images follows.
 
     Args:
         loss (Tensor): A scalar, with a graph that can be differentiated twice.
@@ -156,13 +152,10 @@ def hessian_diagonal(loss: Tensor, leaves: Sequence[Tensor], generator: torch.Ge
     found = [torch.zeros_like(leaf) for leaf in leaves]
     slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
     bent = [k for k, slope in enumerate(slopes) if slope is not None and slope.requires_grad]  # in others it is linear
-    for _ in range(PROBES if bent else 0):
-        signs = [
-            torch.empty_like(leaves[k], dtype=torch.int8).random_(2, generator=generator).to(leaves[k]) * 2 - 1
-            for k in bent
-        ]
-        of = [slopes[k] for k in bent], [leaves[k] for k in bent]
-        products = torch.autograd.grad(*of, signs, retain_graph=True, materialize_grads=True)
+    if bent:
+        curved = [leaves[k] for k in bent]
+        signs = [torch.empty_like(z, dtype=torch.int8).random_(2, generator=generator).to(z) * 2 - 1 for z in curved]
+        products = torch.autograd.grad([slopes[k] for k in bent], curved, signs, materialize_grads=True)
         for k, sign, product in zip(bent, signs, products, strict=True):
-            found[k] += sign * product / PROBES
+            found[k] = sign * product
     return found

@@ -55,7 +55,7 @@ class CheckpointShift(ShiftJob):
         Returns:
             (CheckpointReport): What happened.
         """
-        method, guard = self.config.method, self.config.sos_guard
+        method, guard = self.config.method_of(self.checkpoint.task), self.config.sos_guard
         rows = method.name == "rows"
         trials = [(method, seed) for seed in range(self.seed, self.seed + (self.draws if rows else 1))]
         engine = self.fitted(trials)
@@ -77,8 +77,9 @@ class CheckpointShift(ShiftJob):
         sizes = {name: len(of) for name, of in self.images.sets.items() if of}
         settings = {
             **{key: getattr(self.config, f"sos_{key}") for key in SHIFT_SETTINGS if rows or key != "solver"},
-            **{"images": sizes["fit"], "seed": self.seed, **({"draws": self.draws} if rows else {})},
-            **{"rank": shift.method.rank, "budget": shift.method.budget, "found": method.is_found},
+            **{"method": method.name, "rank": shift.method.rank, "budget": shift.method.budget},
+            **{"found": method.is_found, "images": sizes["fit"], "seed": self.seed},
+            **({"draws": self.draws} if rows else {}),
         }
         general = engine.report(shift, step, before, after, guard)
         report = CheckpointReport(

@@ -18,18 +18,26 @@ from yolo_sos.yolo.sweep_report import Point, csv_of, plot, summary
 from yolo_sos.yolo.training import PREFIX
 
 RANKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)  # fractions of d
-BUDGETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+BUDGETS = {"loss": (0.00002, 0.0001, 0.0002, 0.0005, 0.001, 0.002), "budget": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)}
 
 
 def trials_of(
-    weightings: Iterable[str], *, ranks: Sequence[float] = RANKS, solver: str = "svd", draws: int = 1, seed: int = 0
+    weightings: Iterable[str],
+    *,
+    task: str = "detect",
+    ranks: Sequence[float] = RANKS,
+    solver: str = "svd",
+    draws: int = 1,
+    seed: int = 0,
 ) -> list[tuple[Method, int]]:
-    """Return every method over its range, with the seeds of the drawings."""
+    """Return every method over its range, with the seeds of the drawings; of a classifier all but ``loss``."""
     trials: list[tuple[Method, int]] = []
+    if task != "classify":  # whose moments of one class each are too large
+        trials += [(Method("loss", budget=b), seed) for b in BUDGETS["loss"]]
     for w in weightings:
         trials.append((Method("full", weighting=w), seed))
         trials += [(Method(name, r, weighting=w), seed) for name in ("principal", "expected") for r in ranks]
-        trials += [(Method("budget", budget=b, weighting=w), seed) for b in BUDGETS]
+        trials += [(Method("budget", budget=b, weighting=w), seed) for b in BUDGETS["budget"]]
         trials += [(Method("rows", r, solver=solver, weighting=w), seed + k) for r in ranks for k in range(draws)]
     return trials
 
@@ -70,8 +78,8 @@ def trace(
 
 def _name(shift: Shift) -> tuple[str, str, float, int]:
     method = shift.method
-    setting = {"budget": method.budget, "full": math.nan}.get(method.name, method.rank)
-    return method.name, method.weighting, setting, shift.seed
+    setting = math.nan if method.name == "full" else method.budget if method.has_budget else method.rank
+    return method.name, method.weighting, setting, shift.seed  # type: ignore[return-value]
 
 
 class CheckpointSweep(ShiftJob):
@@ -94,7 +102,8 @@ class CheckpointSweep(ShiftJob):
             (list[Point]): The baseline, then the curve.
         """
         c, table, picture = self.config, *self.outputs
-        trials = trials_of([c.sos_weighting], solver=c.sos_solver, draws=self.draws, seed=self.seed)
+        own = {"solver": c.sos_solver, "draws": self.draws, "seed": self.seed}
+        trials = trials_of([c.sos_weighting], task=self.checkpoint.task, **own)
         points, seconds = trace(self, trials, self.splits)
         write_text(table, csv_of(points))
         plot(points, picture)
