@@ -64,7 +64,7 @@ def test_settings_come_back_from_yaml_as_they_were():
 
 GOOD = {
     "sos": [True, False],
-    "sos_method": list(METHODS),
+    "sos_method": [None, "none", *METHODS],
     "sos_rank": [None, "none", 1, 48, 10**6, 1.0, 0.5, 1e-3],
     "sos_weighting": list(WEIGHTINGS),
     "sos_budget": [None, "none", 0, 0.0, 0.5, 0.999],
@@ -98,7 +98,7 @@ GOOD = {
 }
 BAD = {
     "sos": [1, 0, "true", None, "yes"],
-    "sos_method": ["pca", "", None, 1, "Principal"],
+    "sos_method": ["pca", "", 1, "Principal"],
     "sos_rank": [0, -1, 1.5, 0.0, -0.5, math.nan, math.inf, True, "0.5", [1]],
     "sos_weighting": ["class", None, True],
     "sos_budget": [1, 1.0, -0.1, math.nan, math.inf, True, "0.1"],
@@ -171,7 +171,7 @@ def test_an_unknown_choice_names_the_nearest():
 @given(rank=st.one_of(st.integers(-3, 500), st.floats(-1, 2, allow_nan=False)), d=st.integers(1, 400))
 def test_a_rank_that_is_accepted_makes_sense_for_every_layer(rank, d):
     try:
-        method = SOSConfig.from_dict({"sos_rank": rank}).method
+        method = SOSConfig.from_dict({"sos_rank": rank}).method_of("detect")
     except ValueError:
         assert not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1)
     else:
@@ -182,7 +182,7 @@ def test_the_method_carries_every_setting_that_says_how():
     cfg = SOSConfig.from_dict(
         {"sos_method": "rows", "sos_rank": 7, "sos_budget": 0.2, "sos_solver": "gauss", "sos_weighting": "uniform"}
     )
-    method = cfg.method
+    method = cfg.method_of("detect")
     assert (method.name, method.rank, method.budget, method.solver, method.weighting) == (
         "rows",
         7,

@@ -102,7 +102,7 @@ class SOSConfig:
         None,
         optional(checks.budget),
         "relative change that is allowed, at least 0 and below 1: of the loss, to second order (loss), or of the "
-        "outputs (budget); none: the largest up to 0.0005 and 0.1 that the guard accepts, 0.0001 and 0.01 without",
+        "outputs (budget); none: the largest up to 0.002 and 0.1 that the guard accepts, 0.0005 and 0.01 without",
     )
     sos_solver: str = _setting(
         "svd", choice(*SOLVERS), "for method rows: svd, or gauss, the elimination of Algorithm 1"
@@ -120,8 +120,8 @@ class SOSConfig:
     sos_images: int | None = _setting(
         None,
         optional(_COUNT),
-        "training images to fit on, at most; half as many others, at most 32, are held out; none: 512, or 3 per class "
-        "if that is more, and for a classifier no fewer than the rank",
+        "training images to fit on, at most; half as many others, at most 32, are held out; none: 512 for method loss, "
+        "else 8; or 3 per class if that is more, and for a classifier no fewer than the rank",
     )
     sos_layers: str | list[str] = _setting("all", _layers, f"all, or kinds of final layers: {', '.join(KINDS)}")
     sos_guard: float | None = _setting(

@@ -135,7 +135,8 @@ def parameters(function):
 
 
 def test_shift_declares_what_a_checkpoint_job_takes():
-    from yolo_sos.yolo.job import IMAGES, ShiftJob
+    from yolo_sos.yolo.images import IMAGES
+    from yolo_sos.yolo.job import ShiftJob
 
     settings = {key: SCHEMA[f"sos_{key}"].default for key in SHIFT_SETTINGS}
     own = {"images": IMAGES, "sweep": False, "calibrate": False}

@@ -6,7 +6,19 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from yolo_sos.core import NON_FINITE, OK, Engine, FinalLayer, Method, ModelTask, hessian_diagonal, shift_model
+from yolo_sos.core import (
+    NON_FINITE,
+    OK,
+    Curvature,
+    Engine,
+    FinalLayer,
+    Method,
+    Moments,
+    Shift,
+    hessian_diagonal,
+    shift_model,
+)
+from yolo_sos.core.curvature import FLOOR
 
 
 class TwoHeads(nn.Module):
@@ -79,11 +91,17 @@ def loss_of(model, task, batches):
 
 
 def shifted(model, task, batches, budget, layers=None):
-    """Return the engine's shift."""
+    """Return an engine, and the shift of the layers without a floor."""
+    return solved(model, task, batches, budget, layers, floor=0.0)
+
+
+def solved(model, task, batches, budget, layers=None, floor=FLOOR):
+    """Return an engine, and the shift of the layers with a floor under the curvature."""
+    engine = Engine(model, layers or task.layers, task)
+    curvature = Curvature(task, engine.layers, task.layers, 0, floor)
+    engine.run(batches, curvature.add)
     method = Method("loss", budget=budget)
-    engine = Engine(model, layers or task.layers, task, [(method, 0)])
-    engine.fit(batches)
-    return engine, engine.solve(method)
+    return engine, Shift(method, 0, engine.layers, curvature.solve(budget), curvature.rows, {})
 
 
 @pytest.mark.parametrize("budget", [1e-4, 0.01, 0.2])
@@ -157,12 +175,51 @@ def test_without_a_budget_to_spend_only_null_directions_go():
     assert shift.results["a"].rank == pytest.approx(4)
 
 
-def test_an_output_without_curvature_keeps_its_weights():
+def test_an_output_without_curvature_keeps_its_weights_without_a_floor():
     model, batches = TwoHeads(), data(40)
     before = model.a.weight.detach().clone()
     _, shift = shifted(model, SquaredError(model, (1.0, 0.0, 1.0)), batches, 0.2)
     torch.testing.assert_close(shift.results["a"].weight[1], before[1], rtol=1e-12, atol=0)
     assert float(shift.results["a"].weight[0].norm()) < float(before[0].norm())
+
+
+def test_the_floor_is_a_share_of_the_typical_curvature_on_every_row():
+    """With one curvature for all outputs, the floor scales all moments: it is a larger budget for the same loss."""
+    model, batches = TwoHeads(), data(40)
+    task = SquaredError(model, (3.0, 3.0, 3.0))
+    _, plain = solved(model, task, batches, 0.01, floor=0.0)
+    _, floored = solved(model, task, batches, 0.0125, floor=0.25)
+    for name, result in plain.results.items():
+        torch.testing.assert_close(floored.results[name].weight, result.weight, rtol=1e-9, atol=1e-12)
+
+
+def test_the_floor_protects_outputs_that_the_sample_hardly_shows():
+    model, batches = TwoHeads(), data(40)
+    before = model.a.weight.detach().clone()
+    task = SquaredError(model, (1.0, 1e-9, 1.0))
+    left = [
+        float(solved(model, task, batches, 0.002, floor=floor)[1].results["a"].weight[1].norm() / before[1].norm())
+        for floor in (0.0, 0.003, 0.1, 1.0)
+    ]
+    assert left == sorted(left) and left[0] < 1e-3 and left[-1] > 0.5
+    # Its rows count by the floor alone: of the kind's Σh² / Σh
+    curvature = torch.tensor([2.0, 2e-9, 2.0, 6.0, 6.0], dtype=torch.float64)
+    floor = 0.1 * float(curvature.square().sum() / curvature.sum())
+    _, shift = solved(model, task, batches, 0.002, floor=0.1)
+    gram = Moments(6).update(batches[0]["x"]).matrix
+    new = shift.results["a"].weight[1]
+    left = (before[1] - new) @ (gram * (floor + 2e-9))
+    torch.testing.assert_close(left, float(left @ new / new.square().sum()) * new, rtol=1e-6, atol=1e-12)
+
+
+def test_the_engine_takes_the_floor():
+    model, batches = TwoHeads(), data(40)
+    task, method = SquaredError(model), Method("loss", budget=0.01)
+    engine = Engine(model, task.layers, task, [(method, 0)])
+    engine.fit(batches)
+    _, expected = solved(model, task, batches, 0.01)
+    for name, weight in engine.solve(method).weights().items():
+        torch.testing.assert_close(weight, expected.results[name].weight, rtol=1e-12, atol=1e-15)
 
 
 def test_a_larger_budget_takes_more():
@@ -202,7 +259,6 @@ def test_a_task_that_cannot_replay_is_refused():
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
     with pytest.raises(ValueError, match="method='loss' differentiates the loss in the outputs"):
         shift_model(model, [(torch.randn(6, 4), torch.arange(6) % 3)], method="loss")
-    assert isinstance(ModelTask(), ModelTask)
 
 
 # The diagonal of a Hessian --------------------------------------------------------------------------------------------

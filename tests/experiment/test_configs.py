@@ -117,7 +117,8 @@ def test_voc_is_the_recipe_for_fine_tuning(name):
 @pytest.mark.parametrize("name", VOC07)
 def test_voc07_is_the_same_recipe_but_smaller(name):
     arms = read_arms(EXPERIMENTS[name].parent)
-    assert list(arms) == ["baseline", "fit", "rows-balanced", "rows-uniform", "sam", "sos", "sos-middle", "swa"]
+    sos = ["loss", "rows-balanced", "rows-uniform", "sos", "sos-middle"]
+    assert list(arms) == sorted(["baseline", "fit", "sam", "swa", *sos])
     recipe = read_cfg(FOLDER / "voc/default.yaml")
     sized = {"data": "VOC07.yaml", "model": "yolov8n.pt", "warmup_epochs": 0.5, **VOC07[name]}
     shared = {**recipe, **sized, "mosaic": 0, "mixup": 0, "val": False}
@@ -125,8 +126,9 @@ def test_voc07_is_the_same_recipe_but_smaller(name):
         assert {k: v for k, v in arm.config.items() if k in shared and k not in arm.differences} == {
             k: v for k, v in shared.items() if k not in arm.differences
         }
-    assert arms["sos"].differences == ("sos",)
-    assert arms["sos-middle"].differences == ("sos", "sos_interval", "sos_start")
+    assert arms["loss"].differences == ("sos",)
+    assert arms["sos"].differences == ("sos", "sos_images", "sos_method")
+    assert arms["sos-middle"].differences == ("sos", "sos_images", "sos_interval", "sos_method", "sos_start")
     uniform, balanced = (arms[f"rows-{weighting}"].config for weighting in ("uniform", "balanced"))
     assert {key for key in uniform if uniform[key] != balanced[key]} == {"sos_weighting"}
     assert (balanced["sos_weighting"], uniform["sos_weighting"]) == ("balanced", "uniform")

@@ -189,7 +189,7 @@ def test_rounding_of_a_full_precision_checkpoint_counts_all_its_layers(weights, 
 
 # The shift is that of the core ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("weighting", ["balanced", "confidence", "uniform"])
-@pytest.mark.parametrize("name", ["principal", "expected", "budget", "full", "rows"])
+@pytest.mark.parametrize("name", ["loss", "principal", "expected", "budget", "full", "rows"])
 def test_every_method_gives_what_the_core_gives(weights, seen, name, weighting):
     path = weights()
     options = {"method": name, "rank": 0.25, "budget": 0.05, "weighting": weighting}
@@ -270,13 +270,19 @@ def test_a_seed_gives_the_same_bytes(weights, seen):
 def test_by_default_the_guard_finds_the_strength(weights, seen):
     path = weights()
     report = shift_checkpoint(path, seen, val=False)
+    assert (report.settings["method"], report.settings["found"], report.settings["guard"]) == ("loss", True, 0.005)
+    assert 0 < report.settings["budget"] <= 2e-3 and report.settings["rank"] is None
+    assert report.heldout_after <= report.heldout_before + 0.005 * abs(report.heldout_before)
+    report = shift_checkpoint(path, seen, val=False, method="expected", exist_ok=True)
     assert (report.settings["method"], report.settings["found"], report.settings["guard"]) == ("expected", True, 0.005)
     assert 0 < report.settings["rank"] < 1.0
     assert report.heldout_after <= report.heldout_before + 0.005 * abs(report.heldout_before)
-    weaker = shift_checkpoint(path, seen, val=False, guard=0.0005, exist_ok=True)
+    weaker = shift_checkpoint(path, seen, val=False, method="expected", guard=0.0005, exist_ok=True)
     assert weaker.settings["rank"] > report.settings["rank"]
     assert weaker.squared_norm_ratio > report.squared_norm_ratio
+    # A rank means the default method that has one
     given = shift_checkpoint(path, seen, val=False, rank=report.settings["rank"], exist_ok=True)
+    assert given.settings["method"] == "expected"
     assert given.squared_norm_ratio == pytest.approx(report.squared_norm_ratio, rel=1e-9)
 
 
@@ -318,7 +324,7 @@ def test_the_guard_takes_a_shorter_step(weights, seen):
 def test_a_failed_solve_writes_nothing(weights, seen, contents, monkeypatch):
     path = weights()
     before = contents(path.parent)
-    job = CheckpointShift(path, seen, **ALL)
+    job = CheckpointShift(path, seen, method="expected", **ALL)
     monkeypatch.setattr("yolo_sos.core.engine.solve", lambda method, moments, weight: unchanged(weight, NON_FINITE))
     report = job.run()
     assert contents(path.parent) == before
@@ -444,7 +450,9 @@ def test_two_checkpoints_of_one_folder_have_results_of_their_own(weights, seen):
 
 def test_a_shift_of_several_batches_is_that_of_one(weights, seen):
     path = weights()
-    one, several = (shift_checkpoint(path, seen, **ALL, val=False, exist_ok=True, batch=b) for b in (8, 3))
+    one, several = (
+        shift_checkpoint(path, seen, **ALL, method="expected", val=False, exist_ok=True, batch=b) for b in (8, 3)
+    )
     # Ultralytics' loss of an image depends on the others of its batch
     assert several.heldout_before == pytest.approx(loss_of(path, seen, batch=3), rel=1e-5)
     assert several.heldout_after == pytest.approx(loss_of(several.output, seen, batch=3), rel=1e-5)

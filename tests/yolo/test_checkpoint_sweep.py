@@ -66,6 +66,7 @@ def find(points, method, setting, seed=0):
     [
         ("principal", {"rank": 0.25}),
         ("expected", {"rank": 0.5}),
+        ("loss", {"budget": 0.001}),
         ("budget", {"budget": 0.1}),
         ("rows", {"rank": 0.375, "draws": 1}),
         ("rows", {"rank": 1.0, "draws": 1, "seed": 1}),
@@ -92,7 +93,10 @@ def test_a_point_is_what_a_shift_alone_gives(swept, seen, weights, method, optio
 
 def test_the_curves_run_as_they_must(swept):
     _, points = swept
-    for method, settings in ("principal", RANKS), ("expected", RANKS), ("budget", BUDGETS[::-1]):
+    for method, settings in (
+        *(("principal", RANKS), ("expected", RANKS)),
+        *((name, budgets[::-1]) for name, budgets in BUDGETS.items()),
+    ):
         curve = [find(points, method, s) for s in settings]
         assert all(a.squared_norm_ratio < b.squared_norm_ratio for a, b in pairwise(curve))
         assert all(a.deviation > b.deviation for a, b in pairwise(curve))

@@ -97,6 +97,7 @@ layers = {name: final_layers(model) for name, model in models.items()}
 trainer = object.__new__(SOSDetectionTrainer)
 trainer.world_size, trainer.model, trainer.ema = 2, models["model"], SimpleNamespace(ema=models["ema"])
 trainer.sos = SOSConfig.from_dict({"sos_momentum": True, "sos_layers": "cls"})
+trainer.args = SimpleNamespace(task="detect")
 trainer.optimizer = torch.optim.SGD(models["model"].parameters(), momentum=0.9)
 momentum = {layer: torch.rand_like(layer.module.weight) for layer in layers["model"]}
 for layer, x in momentum.items():

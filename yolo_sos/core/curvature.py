@@ -5,6 +5,9 @@ A change ΔV of the final layers changes the loss, where its slope is 0, by abou
 over all outputs k of all layers, v_k is the row of V that makes output k, and ``G_k = Σᵢ h_ik aᵢᵀaᵢ`` with h_ik the
 second derivative of the loss in that output on row i: the diagonal of its Hessian in the outputs. Of all weights for
 which this is at most a given rise, those of least norm are ``v_k G_k (G_k + μI)⁻¹`` with one μ for all outputs.
+
+What a sample of images does not show is not known to be 0. So in every output a share of the curvature that is typical
+of the layers of its kind, ``Σh² / Σh``, is added to the row's own: the floor.
 """
 
 from __future__ import annotations
@@ -18,9 +21,13 @@ from torch import Tensor
 
 from yolo_sos.core.heldout import layer_outputs
 from yolo_sos.core.layers import FinalLayer, input_rows, weight_matrix
-from yolo_sos.core.moments import CHUNK, as_float64
+from yolo_sos.core.moments import CHUNK, Moments, as_float64
 from yolo_sos.core.solvers import EPS, NON_FINITE, ShiftResult, ratio, ridge, solved, unchanged
 from yolo_sos.core.tasks import Task
+
+# Measured on VOC07, fitted on 432 images without a large object, which leaves the boxes of the coarsest level without
+# curvature: mAP50-95 on all images falls by .37 without a floor, by .02 with a thirtieth of this one, by .01 with this.
+FLOOR = 0.003
 
 
 class Curvature:
@@ -33,18 +40,28 @@ class Curvature:
         layers (Sequence[FinalLayer]): The layers to shift.
         watched (Sequence[FinalLayer]): All layers whose outputs the task replays.
         seed (int): Of the random signs by which the diagonal of the Hessian is estimated.
+        floor (float): Curvature that is added to each row's own, relative to what is typical of its kind of layer.
 
     Attributes:
         rows (dict[str, int]): Layer name → rows seen.
         loss (float): Sum of the losses of all images.
     """
 
-    def __init__(self, task: Task, layers: Sequence[FinalLayer], watched: Sequence[FinalLayer], seed: int):
+    def __init__(
+        self,
+        task: Task,
+        layers: Sequence[FinalLayer],
+        watched: Sequence[FinalLayer],
+        seed: int,
+        floor: float = FLOOR,
+    ):
         """Start at zero."""
-        self.task, self.layers, self.watched = task, layers, watched
+        self.task, self.layers, self.watched, self.floor = task, layers, watched, floor
         self.rows = {layer.name: 0 for layer in layers}
         self.loss = 0.0
         self._matrices: dict[str, Tensor] = {}  # layer name → G, (out, d, d)
+        self._alike = {layer.name: Moments(weight_matrix(layer.module).shape[1]) for layer in layers}  # all rows alike
+        self._sums = {layer.kind: torch.zeros(2, dtype=torch.float64) for layer in layers}  # kind → Σh, Σh²
         self._generator = torch.Generator(layers[0].module.weight.device).manual_seed(seed)  # type: ignore[arg-type]
 
     def add(self, batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
@@ -56,6 +73,8 @@ class Curvature:
         for layer, h in zip(self.layers, self._second_derivatives(batch, output, inputs), strict=True):
             rows = input_rows(layer.module, inputs[layer.name])
             self.rows[layer.name] += len(rows)
+            self._alike[layer.name].update(rows)
+            self._sums[layer.kind] += torch.stack([h.sum(), h.square().sum()]).double().cpu()
             if layer.name not in self._matrices:
                 self._matrices[layer.name] = as_float64(rows).new_zeros(h.shape[1], rows.shape[1], rows.shape[1])
             some = h.any(1)  # a box has a loss only where there is an object
@@ -77,7 +96,7 @@ class Curvature:
         leaves = {layer.name: outputs[layer.name].detach().requires_grad_() for layer in self.layers}
         with torch.enable_grad():
             loss = size * self.task.loss(self.task.replay(state[1], {**outputs, **leaves}), state[0])
-            self.loss += float(loss)
+            self.loss += float(loss.detach())
             found = hessian_diagonal(loss, list(leaves.values()), self._generator)
         # Convolutions (B, out, H, W), linear layers (..., out)
         return [(h.movedim(1, -1) if h.ndim == 4 else h).flatten(0, -2).clamp(min=0) for h in found]
@@ -86,18 +105,20 @@ class Curvature:
     def _spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Eigenvalues ``(out, d)``, 0 where rounding decides, and eigenvectors ``(out, d, d)`` of finite layers."""
         found = {}
-        for name, matrix in self._matrices.items():
+        for layer in self.layers:
+            name, (total, squares) = layer.name, self._sums[layer.kind].tolist()
+            floor = self.floor * squares / total if total else 0.0
+            matrix = self._matrices.pop(name) + floor * self._alike[name].matrix
             if matrix.isfinite().all():
                 values, vectors = torch.linalg.eigh(matrix)
                 least = values.shape[1] * EPS * values[:, -1:]
                 found[name] = values.where(values > least, values.new_zeros(())), vectors
-        self._matrices = {}  # they have served
         return found
 
     def solve(self, budget: float) -> dict[str, ShiftResult]:
         """Return the shift of each layer that raises the loss by a budget, to second order, all layers together.
 
-        An output in which the loss has no curvature on these rows keeps its weights: nothing is known of it.
+        The floor counts in the rise. Layers of a kind in whose outputs the loss has no curvature keep their weights.
 
         Args:
             budget (float): The rise of the loss, relative to it, at least 0.

@@ -12,8 +12,8 @@ SOLVERS = ("svd", "gauss")
 WEIGHTINGS = ("balanced", "confidence", "uniform")
 # Budgets between which the guard searches. A shift that changes less is not worth writing; by more, as below a rank of
 # half of d, detectors lose mAP before their held-out loss tells (studies/voc07/strength.md).
-BUDGETS = {"loss": (5e-7, 5e-4), "budget": (1e-4, 0.1)}
-UNJUDGED = {"loss": 1e-4, "budget": 0.01}  # where nothing is held out, so that no strength can be found; a rank of half
+BUDGETS = {"loss": (2e-6, 2e-3), "budget": (1e-4, 0.1)}
+UNJUDGED = {"loss": 5e-4, "budget": 0.01}  # where nothing is held out, so that no strength can be found; a rank of half
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Method:
             or a float up to 1.0 as a fraction of the layer's input size d. None: the least from half of d on that the
             guard accepts.
         budget (float | None): Relative change that is allowed, in [0, 1): ``budget``, of the outputs; ``loss``, of the
-            loss on the rows that it is fitted on. None: the largest up to 0.1 and 0.0005 that the guard accepts.
+            loss on the rows that it is fitted on. None: the largest up to 0.1 and 0.002 that the guard accepts.
         solver (str): ``rows``: ``svd``, or ``gauss``, the elimination of the paper's Algorithm 1.
         weighting (str): Whose outputs matter: ``balanced``, ``confidence`` or ``uniform``, see ``row_groups``. For
             ``loss`` the loss says that, for ``full`` nothing.
@@ -68,7 +68,7 @@ class Method:
         Args:
             strength (float, optional): From 0, which changes next to nothing, to 1. The rank falls linearly to half of
                 d, the budget grows geometrically to its largest. None: a rank of half of d, or the budget that is taken
-                where nothing is held out: 1e-4 (``loss``) or 0.01.
+                where nothing is held out: 5e-4 (``loss``) or 0.01.
         """
         if not self.is_found:
             return self

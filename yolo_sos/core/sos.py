@@ -51,7 +51,7 @@ class SOS:
         model (nn.Module): The model, on one device. It is shifted in place.
         layers (str | nn.Module | Sequence, optional): The final layers: modules, names or globs such as ``"head.*"``,
             see ``select_layers``. None: the layer that runs last, see ``last_layer``; the report names it.
-        method (str | Method): A ``Method``, or the name of one.
+        method (str | Method): A ``Method``, or the name of one; ``loss`` needs a ``task`` that can replay outputs.
         rank (int | float, optional): Rank kept, in place of the method's own, see ``Method``. None: the least that the
             guard accepts, found on the held-out batches; a rank of half of d where there are none.
         budget (float, optional): Likewise.

@@ -17,14 +17,7 @@ from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
 
 HELD_OUT = 32  # images at most: the inputs of their final layers stay in memory, 6 to 25 MB each at 640 pixels
 
-# Method loss takes a tenth of VOC07's squared norm with 60 images and a quarter with 512 (studies/voc07/strength.md).
-IMAGES = 512
-PER_CLASS = 3  # the paper draws 300 rows for the 100 classes of CIFAR-100
-
-
-def images_to_fit(classes: int) -> int:
-    """Return how many images a shift is fitted on by default."""
-    return max(IMAGES, PER_CLASS * classes)
+IMAGES = 512  # to fit on by default: several of each class in most data sets
 
 
 def split_sizes(available: int, images: int | None, *, guarded: bool = True, selection: bool = False) -> dict[str, int]:

@@ -19,12 +19,12 @@ from yolo_sos.core.checks import at_least, boolean, number, optional
 from yolo_sos.yolo.checkpoint import Checkpoint
 from yolo_sos.yolo.checkpoint_data import CheckpointData
 from yolo_sos.yolo.heads import YoloTask, layers_of_kinds
-from yolo_sos.yolo.images import counted, images_to_fit, split_sizes
+from yolo_sos.yolo.images import IMAGES, counted, split_sizes
 from yolo_sos.yolo.recording import Pass, record
 
 
-def shift_settings(settings: dict[str, Any]) -> tuple[SOSConfig, bool]:
-    """Return the settings of a single shift, checked, and whether it is to be fitted on all images.
+def shift_settings(settings: dict[str, Any]) -> tuple[SOSConfig, int | None]:
+    """Return the settings of a single shift, checked, and the number of images to fit on (None: all).
 
     Args:
         settings (dict): Settings as in ``cfg/sos.yaml``, with or without ``sos_`` before their names. ``images`` may be
@@ -41,10 +41,11 @@ def shift_settings(settings: dict[str, Any]) -> tuple[SOSConfig, bool]:
         if name in full:
             raise ValueError(f"'{name}' is given twice, also as '{name.removeprefix('sos_')}'.")
         full[name] = value
-    take_all = full.get("sos_images") == "all"
-    if take_all:
+    if full.get("sos_images") == "all":
         del full["sos_images"]
-    return SOSConfig.from_dict(full), take_all
+        return SOSConfig.from_dict(full), None
+    config = SOSConfig.from_dict({"sos_images": IMAGES, **full})
+    return config, config.sos_images
 
 
 def check_free(paths: Sequence[Path], exist_ok: bool) -> None:
@@ -170,14 +171,14 @@ class ShiftJob(CheckpointJob):
         **settings: Any,
     ):
         """Check the settings of the shift, then everything else as ``CheckpointJob``."""
-        self.config, take_all = shift_settings(settings)
+        self.config, images = shift_settings(settings)
         self.draws = optional(at_least(1))("draws", draws) or self.draws
         several = self.config.sos_method == "rows" and self.draws > 1
         super().__init__(
             model,
             data,
             kinds=self.config.kinds,
-            sizes=lambda available: split_sizes(available, None if take_all else self._asked(), selection=several),
+            sizes=lambda available: split_sizes(available, images, selection=several),
             imgsz=imgsz,
             batch=batch,
             device=device,
@@ -185,9 +186,6 @@ class ShiftJob(CheckpointJob):
             val=val,
             exist_ok=exist_ok,
         )
-
-    def _asked(self) -> int:
-        return self.config.sos_images or images_to_fit(len(self.checkpoint.model.names))  # type: ignore[arg-type]
 
     def fitted(self, trials: Sequence[tuple[Method, int]]) -> Engine:
         """Return an engine that has seen the images to fit on, each once."""

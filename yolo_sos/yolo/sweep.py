@@ -18,7 +18,7 @@ from yolo_sos.yolo.sweep_report import Point, csv_of, plot, summary
 from yolo_sos.yolo.training import PREFIX
 
 RANKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)  # fractions of d
-BUDGETS = {"loss": (0.00002, 0.0001, 0.0002, 0.0005, 0.001, 0.002), "budget": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)}
+BUDGETS = {"loss": (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005), "budget": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)}
 
 
 def trials_of(
