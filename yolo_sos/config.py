@@ -102,7 +102,7 @@ class SOSConfig:
         None,
         optional(checks.budget),
         "relative change that is allowed, at least 0 and below 1: of the loss, to second order (loss), or of the "
-        "outputs (budget); none: the largest up to 0.002 and 0.1 that the guard accepts, 0.0005 and 0.01 without",
+        "outputs (budget); none: the largest up to 0.001 and 0.1 that the guard accepts, 0.0005 and 0.01 without",
     )
     sos_solver: str = _setting(
         "svd", choice(*SOLVERS), "for method rows: svd, or gauss, the elimination of Algorithm 1"

@@ -26,7 +26,7 @@ from yolo_sos.yolo.score import headline
 METHODS = ("loss", "expected", "budget", "principal")
 GUARDS = (0.0025, 0.005, 0.01)
 GUARD = 0.005  # of the budgets below, which the guard does not search for
-BUDGETS = (5e-4, 1e-3, 5e-3)  # of loss, beside the largest that is searched for
+BUDGETS = (5e-4, 2e-3, 5e-3)  # of loss, beside the largest that is searched for
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

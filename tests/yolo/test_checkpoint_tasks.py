@@ -32,3 +32,23 @@ def test_a_checkpoint_of_any_task(model_of, data_of, name, task, kinds, method):
     for file, found in (report.model, report.metrics_before), (report.output, report.metrics_after):
         stock = YOLO(file).val(data=str(data), imgsz=64, batch=8, device="cpu", plots=False, workers=0)
         assert found == pytest.approx(dict(stock.results_dict), abs=1e-3)
+
+
+@pytest.mark.parametrize("version", ["yolov8", "yolo26"])
+@pytest.mark.parametrize(
+    ("task", "kinds"),
+    [
+        ("", {"box", "cls"}),
+        ("-seg", {"box", "cls", "mask"}),
+        ("-pose", {"box", "cls", "kpt"}),
+        ("-obb", {"box", "cls", "angle"}),
+        ("-cls", {"linear"}),
+    ],
+)
+def test_the_loss_of_any_task_has_second_derivatives(model_of, data_of, version, task, kinds):
+    data = data_of({"": "detect", "-seg": "segment", "-cls": "classify"}.get(task, task[1:]))
+    model = model_of(f"{version}n{task}.yaml", data)
+    report = shift_checkpoint(model, method="loss", budget=0.01, val=False, guard=None)
+    assert {r.kind for r in report.layers} == kinds
+    assert report.status == "ok" and report.squared_norm_ratio < 1
+    assert all(0 <= r.rank <= r.d and r.norm_after <= r.norm_before * (1 + 1e-6) for r in report.layers)

@@ -14,7 +14,7 @@ from renamed import NAMES, renamed_data
 from ultralytics import YOLO
 
 from yolo_sos.core import affine_matrix
-from yolo_sos.yolo import fit_checkpoint
+from yolo_sos.yolo import fit_checkpoint, shift_checkpoint
 from yolo_sos.yolo.classes import class_layers, in_order
 
 SETTINGS = {"imgsz": 64, "batch": 8, "device": "cpu", "workers": 0, "plots": False}
@@ -74,6 +74,11 @@ def test_the_file_of_every_head_is_scored_used_and_trained_on(trained, tmp_path,
     changed = {k for k in states[0] if not torch.equal(states[0][k].half(), states[1][k].half())}
     semantic = {k for k in changed if "semseg" in k}  # YOLO26's masks, in training
     assert changed - semantic == {f"{name}.{p}" for name in names for p in ("weight", "bias")}
+
+    shift = shift_checkpoint(report.output, renamed, batch=8, method="loss", budget=1e-3, guard=None, val=False)
+    assert shift.status == "ok"
+    for layer in shift.layers:  # objects of all sizes, so that every kind of layer has curvature
+        assert 0 < layer.rank < layer.d and layer.norm_after <= layer.norm_before
 
     stock = YOLO(report.output)
     metrics = stock.val(data=str(renamed), **SETTINGS)

@@ -12,7 +12,7 @@ SOLVERS = ("svd", "gauss")
 WEIGHTINGS = ("balanced", "confidence", "uniform")
 # Budgets between which the guard searches. A shift that changes less is not worth writing; by more, as below a rank of
 # half of d, detectors lose mAP before their held-out loss tells (studies/voc07/strength.md).
-BUDGETS = {"loss": (2e-6, 2e-3), "budget": (1e-4, 0.1)}
+BUDGETS = {"loss": (1e-6, 1e-3), "budget": (1e-4, 0.1)}
 UNJUDGED = {"loss": 5e-4, "budget": 0.01}  # where nothing is held out, so that no strength can be found; a rank of half
 
 
@@ -29,7 +29,7 @@ class Method:
             or a float up to 1.0 as a fraction of the layer's input size d. None: the least from half of d on that the
             guard accepts.
         budget (float | None): Relative change that is allowed, in [0, 1): ``budget``, of the outputs; ``loss``, of the
-            loss on the rows that it is fitted on. None: the largest up to 0.1 and 0.002 that the guard accepts.
+            loss on the rows that it is fitted on. None: the largest up to 0.1 and 0.001 that the guard accepts.
         solver (str): ``rows``: ``svd``, or ``gauss``, the elimination of the paper's Algorithm 1.
         weighting (str): Whose outputs matter: ``balanced``, ``confidence`` or ``uniform``, see ``row_groups``. For
             ``loss`` the loss says that, for ``full`` nothing.
