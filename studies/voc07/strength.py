@@ -11,7 +11,7 @@ held-out training images; all shifts are then scored on the split, by Ultralytic
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,9 @@ def score(job: ShiftJob, options: argparse.Namespace, rows: list[dict[str, Any]]
     main_metric = headline(metrics)
     for row, scores in zip(rows, shifted, strict=True):
         row |= {"metrics": scores, "change": scores[main_metric] - metrics[main_metric]}
-        told = ", ".join(f"{k}={v}" for k, v in row.items() if k in {"method", "budget", "guard"} and v)
+        told = ", ".join(
+            f"{k}={v}" for k, v in row.items() if k in {"method", "floor", "rank", "budget", "guard"} and v is not None
+        )
         print(
             f"{told}: squared norm ×{row['squared_norm_ratio']:.3f}, held-out loss "
             f"{row['heldout_after'] / row['heldout_before'] - 1:+.2%}, {main_metric} {row['change']:+.4f}"
@@ -62,9 +64,9 @@ def write(study: str, options: argparse.Namespace, **found: Any) -> None:
     write_text(options.out / f"{study}-{options.name}.json", as_json(record))
 
 
-def squared_norm(weight: Tensor) -> float:
-    """Return ‖V‖²."""
-    return float(as_float64(weight).square().sum())
+def norm_of(weights: Mapping[str, Tensor]) -> float:
+    """Return the squared norm of all layers, Σ‖V‖²."""
+    return sum(float(as_float64(weight).square().sum()) for weight in weights.values())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     heldout = engine.hold_out(job.images.batches("heldout"))
     rows: list[dict[str, Any]] = []
     weights: list[dict[str, Tensor]] = []
-    norm = sum(squared_norm(weight_matrix(layer.module)) for layer in job.layers)
+    norm = norm_of({layer.name: weight_matrix(layer.module) for layer in job.layers})
     for guard, method in trials:
         shift = engine.find(method, 0, heldout, guard)
         step, before, after = engine.accept(shift, heldout, guard)
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             {
                 **{"method": method.name, "guard": guard, "found": method.is_found},
                 **{"rank": shift.method.rank, "budget": shift.method.budget, "step": step},
-                "squared_norm_ratio": sum(map(squared_norm, weights[-1].values())) / norm,
+                "squared_norm_ratio": norm_of(weights[-1]) / norm,
                 **{"heldout_before": before, "heldout_after": after},
             }
         )

@@ -34,3 +34,14 @@ def test_strength(load_study, weights, digits, tmp_path):
     assert budgets == [("loss", budget) for budget in tool.BUDGETS]
     for row in record["shifts"]:
         assert row["heldout_after"] <= (1 + row["guard"]) * row["heldout_before"]
+
+
+def test_floor(load_study, weights, digits, tmp_path, monkeypatch):
+    tool = load_study("voc07", "floor")
+    monkeypatch.setattr(tool, "LARGE", 2.0)  # all objects are small
+    tool.main([*given(weights, digits, tmp_path), "--images", "8"])
+    record = read(tmp_path, "floor")
+    assert record["images"]["fit"] == 8 and record["images"]["heldout"] == 4
+    floors = {row["floor"]: row["squared_norm_ratio"] for row in record["shifts"] if row["method"] == "loss"}
+    assert tuple(floors) == tool.FLOORS
+    assert list(floors.values()) == sorted(floors.values())  # the more is protected, the less goes
