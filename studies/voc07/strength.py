@@ -26,6 +26,7 @@ from yolo_sos.yolo.score import headline
 METHODS = ("loss", "expected", "budget", "principal")
 GUARDS = (0.0025, 0.005, 0.01)
 GUARD = 0.005  # of the budgets below, which the guard does not search for
+SETTINGS = ("method", "floor", "rank", "budget", "guard")  # of a shift, as far as it has them
 BUDGETS = (5e-4, 2e-3, 5e-3)  # of loss, beside the largest that is searched for
 
 
@@ -47,9 +48,7 @@ def score(job: ShiftJob, options: argparse.Namespace, rows: list[dict[str, Any]]
     main_metric = headline(metrics)
     for row, scores in zip(rows, shifted, strict=True):
         row |= {"metrics": scores, "change": scores[main_metric] - metrics[main_metric]}
-        told = ", ".join(
-            f"{k}={v}" for k, v in row.items() if k in {"method", "floor", "rank", "budget", "guard"} and v is not None
-        )
+        told = ", ".join(f"{k}={row[k]}" for k in SETTINGS if row.get(k) is not None)
         print(
             f"{told}: squared norm ×{row['squared_norm_ratio']:.3f}, held-out loss "
             f"{row['heldout_after'] / row['heldout_before'] - 1:+.2%}, {main_metric} {row['change']:+.4f}"
