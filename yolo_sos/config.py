@@ -85,12 +85,13 @@ class SOSConfig:
         None,
         optional(choice(*METHODS)),
         "loss, expected, principal, budget, full or rows (the paper's, Algorithm 1); none: loss, but expected for a "
-        "classifier, and where sos_rank or sos_weighting is given",
+        "classifier, and with another sos_weighting than balanced",
     )
     sos_rank: int | float | None = _setting(
         None,
         optional(checks.rank),
-        "rows expected (expected) or drawn (rows), or rank kept (principal) in each layer; a float up to 1.0 is a "
+        "rank kept (principal), in the mean over all outputs (loss), or rows expected (expected) or drawn (rows) in "
+        "each layer; a float up to 1.0 is a "
         "fraction of the layer's input size d; none: the least from 0.5 on that the guard accepts, 0.5 without a guard",
     )
     sos_weighting: str = _setting(
@@ -101,8 +102,8 @@ class SOSConfig:
     sos_budget: float | None = _setting(
         None,
         optional(checks.budget),
-        "relative change that is allowed, at least 0 and below 1: of the loss, to second order (loss), or of the "
-        "outputs (budget); none: the largest up to 0.001 and 0.1 that the guard accepts, 0.0005 and 0.01 without",
+        "for method budget: relative change of the outputs that is allowed, at least 0 and below 1; none: the largest "
+        "up to 0.1 that the guard accepts, 0.01 without a guard",
     )
     sos_solver: str = _setting(
         "svd", choice(*SOLVERS), "for method rows: svd, or gauss, the elimination of Algorithm 1"
@@ -217,9 +218,9 @@ class SOSConfig:
     def method_of(self, task: str) -> Method:
         """Return the settings that say how weights are found, for ``detect`` or another task of Ultralytics.
 
-        ``loss`` has neither rank nor weighting, and for a classifier it takes a matrix of size d² for each class.
+        ``loss`` has no weighting, and for a classifier it takes a matrix of size d² for each class.
         """
-        unfit = task == "classify" or self.sos_rank is not None or self.sos_weighting != SCHEMA["sos_weighting"].default
+        unfit = task == "classify" or self.sos_weighting != SCHEMA["sos_weighting"].default
         name = self.sos_method or ("expected" if unfit else "loss")
         return Method(name, self.sos_rank, self.sos_budget, self.sos_solver, self.sos_weighting)
 

@@ -25,9 +25,9 @@ from yolo_sos.yolo.score import headline
 
 METHODS = ("loss", "expected", "budget", "principal")
 GUARDS = (0.0025, 0.005, 0.01)
-GUARD = 0.005  # of the budgets below, which the guard does not search for
+GUARD = 0.005  # of the ranks below, which the guard does not search for
 SETTINGS = ("method", "floor", "rank", "budget", "guard")  # of a shift, as far as it has them
-BUDGETS = (5e-4, 2e-3, 5e-3)  # of loss, beside the largest that is searched for
+RANKS = (0.75, 0.375, 0.25)  # of loss, beside those that are searched for
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     job = ShiftJob(options.weights, options.data, imgsz=options.imgsz, images=options.images, device="cpu", val=False)
     trials = [(guard, Method(name)) for name in METHODS for guard in GUARDS]
-    trials += [(GUARD, Method("loss", budget=budget)) for budget in BUDGETS]
+    trials += [(GUARD, Method("loss", rank=rank)) for rank in RANKS]
     engine = job.fitted([(method, 0) for _, method in trials])
     heldout = engine.hold_out(job.images.batches("heldout"))
     rows: list[dict[str, Any]] = []

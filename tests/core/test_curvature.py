@@ -1,5 +1,5 @@
 # yolo-sos, AGPL-3.0
-"""Method loss: the smallest weights within a rise of the loss, to second order."""
+"""Method loss: the smallest weights with the same loss, to second order."""
 
 import pytest
 import torch
@@ -90,33 +90,27 @@ def loss_of(model, task, batches):
     return total / sum(map(task.size, batches))
 
 
-def shifted(model, task, batches, budget, layers=None):
-    """Return an engine, and the shift of the layers without a floor."""
-    return solved(model, task, batches, budget, layers, floor=0.0)
-
-
-def solved(model, task, batches, budget, layers=None, floor=FLOOR):
-    """Return an engine, and the shift of the layers with a floor under the curvature."""
-    engine = Engine(model, layers or task.layers, task)
+def shifted(model, task, batches, rank, layers=None, floor=0.0):
+    """Return an engine, and the shift of the layers, without a floor under the curvature if none is given."""
+    engine, method = Engine(model, layers or task.layers, task), Method("loss", rank)
     curvature = Curvature(task, engine.layers, task.layers, 0, floor)
     engine.run(batches, curvature.add)
-    method = Method("loss", budget=budget)
-    return engine, Shift(method, 0, engine.layers, curvature.solve(budget), curvature.rows, {})
+    return engine, Shift(method, 0, engine.layers, curvature.solve(method.rank_of), curvature.rows, {})
 
 
-@pytest.mark.parametrize("budget", [1e-4, 0.01, 0.2])
-def test_the_loss_rises_by_the_budget_and_no_smaller_weights_cost_as_little(budget):
+@pytest.mark.parametrize("rank", [5, 0.5, 1])
+def test_no_smaller_weights_have_as_small_a_loss(rank):
     model, batches = TwoHeads(), data(30, 50)
     task = SquaredError(model)
     fitted_by_least_squares(model, batches)
     before = loss_of(model, task, batches)
-    engine, shift = shifted(model, task, batches, budget)
+    engine, shift = shifted(model, task, batches, rank)
     engine.write(shift, 1.0)
-    assert loss_of(model, task, batches) == pytest.approx((1 + budget) * before, rel=1e-9)
+    after = loss_of(model, task, batches)
     weights = [model.a.weight, model.b.weight]
     norm = sum(float(w.square().sum()) for w in weights)
-    assert norm == pytest.approx(sum(r.norm_after**2 for r in shift.results.values()))
-    # Along any direction that keeps the norm, or lowers it, the loss rises.
+    assert after > before and norm == pytest.approx(sum(r.norm_after**2 for r in shift.results.values()))
+    # To second order is exact here. Along any direction that keeps the norm, or lowers it, the loss rises.
     for seed in range(20):
         g = torch.Generator().manual_seed(seed)
         old = [w.detach().clone() for w in weights]
@@ -126,17 +120,27 @@ def test_the_loss_rises_by_the_budget_and_no_smaller_weights_cost_as_little(budg
             scale = (norm / sum(float(w.square().sum()) for w in weights)) ** 0.5
             for w in weights:
                 w *= min(1.0, scale)
-        assert loss_of(model, task, batches) > (1 + budget) * before
+        assert loss_of(model, task, batches) > after
         with torch.no_grad():
             for w, o in zip(weights, old, strict=True):
                 w.copy_(o)
+
+
+def test_the_rank_is_the_mean_over_all_outputs():
+    model, batches = TwoHeads(), data(40)
+    task = SquaredError(model, (1.0, 30.0, 0.1))
+    for rank, wanted in (2, 2), (0.5, 3), (1.0, 6):
+        _, shift = shifted(model, task, batches, rank)
+        mean = sum(r.rank * len(r.weight) for r in shift.results.values()) / 5
+        assert mean == pytest.approx(wanted, rel=1e-6)
+    assert shift.squared_norm_ratio == pytest.approx(1)
 
 
 def test_one_multiplier_serves_all_outputs_of_all_layers():
     model, batches = TwoHeads(), data(40)
     task, (batch,) = SquaredError(model, (1.0, 5.0, 0.2)), batches
     before = {name: getattr(model, name).weight.detach().clone() for name in ("a", "b")}
-    _, shift = shifted(model, task, batches, 0.05)
+    _, shift = shifted(model, task, batches, 3)
     gram = batch["x"].T @ batch["x"]
     multipliers = []
     for name, of in (("a", (1.0, 5.0, 0.2)), ("b", (3.0, 3.0))):
@@ -151,7 +155,7 @@ def test_one_multiplier_serves_all_outputs_of_all_layers():
 def test_figures_and_maps():
     model, batches = TwoHeads(), data(40, 8)
     task = SquaredError(model)
-    _, shift = shifted(model, task, batches, 0.01)
+    _, shift = shifted(model, task, batches, 4)
     assert shift.status == OK and shift.rows == {"a": 48, "b": 48}
     for name, result in shift.results.items():
         weight = getattr(model, name).weight
@@ -165,30 +169,29 @@ def test_figures_and_maps():
     assert shift.results["b"].deviation == pytest.approx(deviation, rel=1e-9)
 
 
-def test_without_a_budget_to_spend_only_null_directions_go():
+def test_at_the_full_rank_only_null_directions_go():
     model, batches = TwoHeads(), data(40)
     batches[0]["x"][:, 4:] = 0
     before = model.a.weight.detach().clone()
-    _, shift = shifted(model, SquaredError(model), batches, 0.0)
+    _, shift = shifted(model, SquaredError(model), batches, 1.0)
     torch.testing.assert_close(shift.results["a"].weight[:, :4], before[:, :4], rtol=1e-9, atol=1e-12)
     assert float(shift.results["a"].weight[:, 4:].abs().max()) < 1e-12
     assert shift.results["a"].rank == pytest.approx(4)
 
 
-def test_an_output_without_curvature_keeps_its_weights_without_a_floor():
+def test_layers_without_curvature_keep_their_weights():
     model, batches = TwoHeads(), data(40)
     before = model.a.weight.detach().clone()
-    _, shift = shifted(model, SquaredError(model, (1.0, 0.0, 1.0)), batches, 0.2)
-    torch.testing.assert_close(shift.results["a"].weight[1], before[1], rtol=1e-12, atol=0)
-    assert float(shift.results["a"].weight[0].norm()) < float(before[0].norm())
+    _, shift = shifted(model, SquaredError(model, (0.0, 0.0, 0.0)), batches, 0.5)
+    torch.testing.assert_close(shift.results["a"].weight, before, rtol=1e-12, atol=0)
+    assert shift.results["b"].rank == pytest.approx(3) and shift.squared_norm_ratio < 1
 
 
-def test_the_floor_is_a_share_of_the_typical_curvature_on_every_row():
-    """With one curvature for all outputs, the floor scales all moments: it is a larger budget for the same loss."""
+def test_the_floor_changes_nothing_where_all_curvature_is_alike():
     model, batches = TwoHeads(), data(40)
     task = SquaredError(model, (3.0, 3.0, 3.0))
-    _, plain = solved(model, task, batches, 0.01, floor=0.0)
-    _, floored = solved(model, task, batches, 0.0125, floor=0.25)
+    _, plain = shifted(model, task, batches, 3)
+    _, floored = shifted(model, task, batches, 3, floor=0.25)
     for name, result in plain.results.items():
         torch.testing.assert_close(floored.results[name].weight, result.weight, rtol=1e-9, atol=1e-12)
 
@@ -198,41 +201,38 @@ def test_the_floor_protects_outputs_that_the_sample_hardly_shows():
     before = model.a.weight.detach().clone()
     task = SquaredError(model, (1.0, 1e-9, 1.0))
     left = [
-        float(solved(model, task, batches, 0.002, floor=floor)[1].results["a"].weight[1].norm() / before[1].norm())
+        float(shifted(model, task, batches, 4, floor=floor)[1].results["a"].weight[1].norm() / before[1].norm())
         for floor in (0.0, 0.003, 0.1, 1.0)
     ]
-    assert left == sorted(left) and left[0] < 1e-3 and left[-1] > 0.5
-    # Its rows count by the floor alone: of the kind's Σh² / Σh
+    assert left == sorted(left) and left[0] < 0.1 and left[-1] > 0.5
+    # Its rows count by the floor alone: a tenth of Σh² / Σh over the layers of its kind
     curvature = torch.tensor([2.0, 2e-9, 2.0, 6.0, 6.0], dtype=torch.float64)
     floor = 0.1 * float(curvature.square().sum() / curvature.sum())
-    _, shift = solved(model, task, batches, 0.002, floor=0.1)
+    _, shift = shifted(model, task, batches, 4, floor=0.1)
     gram = Moments(6).update(batches[0]["x"]).matrix
-    new = shift.results["a"].weight[1]
-    left = (before[1] - new) @ (gram * (floor + 2e-9))
-    torch.testing.assert_close(left, float(left @ new / new.square().sum()) * new, rtol=1e-6, atol=1e-12)
+    multipliers = []
+    for k, h in enumerate(curvature[:3].tolist()):
+        new = shift.results["a"].weight[k]
+        change = (before[k] - new) @ (gram * (floor + h))
+        multipliers.append(float(change @ new / new.square().sum()))
+        torch.testing.assert_close(change, multipliers[-1] * new, rtol=1e-6, atol=1e-12)
+    assert multipliers == pytest.approx([multipliers[0]] * 3, rel=1e-6)
 
 
 def test_the_engine_takes_the_floor():
     model, batches = TwoHeads(), data(40)
-    task, method = SquaredError(model), Method("loss", budget=0.01)
+    task, method = SquaredError(model, (1.0, 0.1, 1.0)), Method("loss", 3)
     engine = Engine(model, task.layers, task, [(method, 0)])
     engine.fit(batches)
-    _, expected = solved(model, task, batches, 0.01)
+    _, expected = shifted(model, task, batches, 3, floor=FLOOR)
     for name, weight in engine.solve(method).weights().items():
         torch.testing.assert_close(weight, expected.results[name].weight, rtol=1e-12, atol=1e-15)
 
 
-def test_a_larger_budget_takes_more():
+def test_layers_that_are_not_chosen_stay():
     model, batches = TwoHeads(), data(40)
     task = SquaredError(model)
-    ratios = [shifted(model, task, batches, b)[1].squared_norm_ratio for b in (0.0, 1e-4, 1e-2, 0.5)]
-    assert ratios == sorted(ratios, reverse=True) and ratios[0] == pytest.approx(1) and ratios[-1] < 0.9
-
-
-def test_layers_that_are_not_chosen_stay_and_are_not_differentiated():
-    model, batches = TwoHeads(), data(40)
-    task = SquaredError(model)
-    _, shift = shifted(model, task, batches, 0.01, [task.layers[1]])
+    _, shift = shifted(model, task, batches, 3, [task.layers[1]])
     assert list(shift.results) == ["b"] and shift.squared_norm_ratio < 1
 
 
@@ -243,7 +243,7 @@ def test_what_is_not_finite_is_told(where):
         model.a.weight.data[0, 0] = float("nan")
     else:
         batches[0]["x"][3, 2] = float("inf")
-    _, shift = shifted(model, SquaredError(model), batches, 0.01)
+    _, shift = shifted(model, SquaredError(model), batches, 3)
     assert shift.status == NON_FINITE
     assert shift.results["a"].weight.data_ptr() == model.a.weight.data_ptr()
     assert (shift.results["b"].status == OK) == (where == "weight")
@@ -251,7 +251,7 @@ def test_what_is_not_finite_is_told(where):
 
 def test_gradients_of_the_model_are_left_alone():
     model, batches = TwoHeads(), data(40)
-    shifted(model, SquaredError(model), batches, 0.01)
+    shifted(model, SquaredError(model), batches, 3)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 

@@ -75,7 +75,7 @@ def test_the_file_of_every_head_is_scored_used_and_trained_on(trained, tmp_path,
     semantic = {k for k in changed if "semseg" in k}  # YOLO26's masks, in training
     assert changed - semantic == {f"{name}.{p}" for name in names for p in ("weight", "bias")}
 
-    shift = shift_checkpoint(report.output, renamed, batch=8, method="loss", budget=1e-3, guard=None, val=False)
+    shift = shift_checkpoint(report.output, renamed, batch=8, method="loss", rank=0.5, guard=None, val=False)
     assert shift.status == "ok"
     for layer in shift.layers:  # objects of all sizes, so that every kind of layer has curvature
         assert 0 < layer.rank < layer.d and layer.norm_after <= layer.norm_before

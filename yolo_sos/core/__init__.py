@@ -17,7 +17,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
             *("FinalLayer", "affine_matrix", "check_linear", "input_rows", "last_layer", "layer_output"),
             *("output_rows", "select_layers", "weight_matrix", "write_weight", "write_weights"),
         ),
-        "method": ("BUDGETS", "METHODS", "SOLVERS", "WEIGHTINGS", "Method"),
+        "method": ("METHODS", "SOLVERS", "WEIGHTINGS", "Method"),
         "moments": ("Moments", "RowSample", "as_float64"),
         "report": ("LayerReport", "ShiftReport"),
         "solvers": (

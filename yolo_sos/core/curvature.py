@@ -4,7 +4,7 @@
 A change ΔV of the final layers changes the loss, where its slope is 0, by about ``½ Σ_k Δv_k G_k Δv_kᵀ``. The sum is
 over all outputs k of all layers, v_k is the row of V that makes output k, and ``G_k = Σᵢ h_ik aᵢᵀaᵢ`` with h_ik the
 second derivative of the loss in that output on row i: the diagonal of its Hessian in the outputs. Of all weights for
-which this is at most a given rise, those of least norm are ``v_k G_k (G_k + μI)⁻¹`` with one μ for all outputs.
+which the loss rises by as much, those of least norm are ``v_k G_k (G_k + μI)⁻¹`` with one μ for all outputs.
 
 What a sample of images does not show is not known to be 0. So in every output a share of the curvature that is typical
 of the layers of its kind, ``Σh² / Σh``, is added to the row's own: the floor.
@@ -12,7 +12,7 @@ of the layers of its kind, ``Σh² / Σh``, is added to the row's own: the floor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -44,7 +44,6 @@ class Curvature:
 
     Attributes:
         rows (dict[str, int]): Layer name → rows seen.
-        loss (float): Sum of the losses of all images.
     """
 
     def __init__(
@@ -58,7 +57,6 @@ class Curvature:
         """Start at zero."""
         self.task, self.layers, self.watched, self.floor = task, layers, watched, floor
         self.rows = {layer.name: 0 for layer in layers}
-        self.loss = 0.0
         self._matrices: dict[str, Tensor] = {}  # layer name → G, (out, d, d)
         self._alike = {layer.name: Moments(weight_matrix(layer.module).shape[1]) for layer in layers}  # all rows alike
         self._sums = {layer.kind: torch.zeros(2, dtype=torch.float64) for layer in layers}  # kind → Σh, Σh²
@@ -96,7 +94,6 @@ class Curvature:
         leaves = {layer.name: outputs[layer.name].detach().requires_grad_() for layer in self.layers}
         with torch.enable_grad():
             loss = size * self.task.loss(self.task.replay(state[1], {**outputs, **leaves}), state[0])
-            self.loss += float(loss.detach())
             found = hessian_diagonal(loss, list(leaves.values()), self._generator)
         # Convolutions (B, out, H, W), linear layers (..., out)
         return [(h.movedim(1, -1) if h.ndim == 4 else h).flatten(0, -2).clamp(min=0) for h in found]
@@ -115,47 +112,46 @@ class Curvature:
                 found[name] = values.where(values > least, values.new_zeros(())), vectors
         return found
 
-    def solve(self, budget: float) -> dict[str, ShiftResult]:
-        """Return the shift of each layer that raises the loss by a budget, to second order, all layers together.
+    def solve(self, rank_of: Callable[[int], int]) -> dict[str, ShiftResult]:
+        """Return the shift of each layer, all of them together: one μ, by which the mean rank is what is asked for.
 
-        The floor counts in the rise. Layers of a kind in whose outputs the loss has no curvature keep their weights.
+        Layers of a kind in whose outputs the loss has no curvature keep their weights.
 
         Args:
-            budget (float): The rise of the loss, relative to it, at least 0.
+            rank_of (Callable): Length d of a layer's rows → effective rank of an output, ``Σ λ/(λ+μ)``, see
+                ``Method.rank_of``. It is reached in the mean over all outputs of all layers.
 
         Returns:
             (dict[str, ShiftResult]): Layer name → its shift, with ``transform`` ``(out, d, d)``. ``rank`` is the mean
-                over the outputs of Σf, ``f = λ/(λ+μ)``; in ``deviation`` the curvature weighs outputs and rows.
+                over its outputs; in ``deviation`` the curvature weighs outputs and rows.
         """
         weights = {layer.name: weight_matrix(layer.module) for layer in self.layers}
         results = {name: unchanged(v, NON_FINITE) for name, v in weights.items()}
-        finite = {name: s for name, s in self._spectra.items() if weights[name].isfinite().all()}
-        energies = {
-            name: torch.einsum("kd,kde->ke", as_float64(weights[name]).to(vectors.device), vectors).square()
-            for name, (_, vectors) in finite.items()
-        }
-        filters = self._filters({name: values for name, (values, _) in finite.items()}, energies, budget)
+        finite = {name: of for name, of in self._spectra.items() if weights[name].isfinite().all()}
+        filters = _one_ridge({name: values for name, (values, _) in finite.items()}, rank_of)
         for name, (values, vectors) in finite.items():
-            f, outputs = filters[name], values * energies[name]
+            v, f = as_float64(weights[name]).to(vectors.device), filters[name]
+            outputs = values * torch.einsum("kd,kde->ke", v, vectors).square()
             deviation = ratio(((1 - f) ** 2 * outputs).sum().sqrt(), outputs.sum().sqrt())
             transform = (vectors * f[:, None]) @ vectors.mT
             results[name] = solved(weights[name], transform, float(f.sum()) / len(f), deviation)
         return results
 
-    def _filters(self, values: dict[str, Tensor], energies: dict[str, Tensor], budget: float) -> dict[str, Tensor]:
-        """Return f ``(out, d)`` of each layer: λ/(λ+μ), one μ for all; 1 in outputs without curvature."""
-        filters = {name: (of == 0).all(1, keepdim=True).expand_as(of).to(of) for name, of in values.items()}
-        curved = {name: of > 0 for name, of in values.items()}
-        # On the CPU: finding μ takes a hundred comparisons of scalars.
-        eigenvalues = torch.cat([of[curved[name]].cpu() for name, of in values.items()] or [torch.empty(0)])
-        if len(eigenvalues):
-            outputs = eigenvalues * torch.cat([of[curved[name]].cpu() for name, of in energies.items()])
-            allowed = budget * abs(self.loss)
-            f = ridge(eigenvalues, lambda f: float(((1 - f) ** 2 * outputs).sum()) / 2 > allowed)
-            parts = f.split([int(mask.sum()) for mask in curved.values()])
-            for (name, mask), part in zip(curved.items(), parts, strict=True):
-                filters[name][mask] = part.to(filters[name])
-        return filters
+
+def _one_ridge(values: dict[str, Tensor], rank_of: Callable[[int], int]) -> dict[str, Tensor]:
+    """Return ``λ/(λ+μ)`` of each layer's eigenvalues ``(out, d)``, one μ for all; 1 in layers that are all 0."""
+    curved = {name: of for name, of in values.items() if of.any()}
+    filters = {name: torch.zeros_like(of) if name in curved else torch.ones_like(of) for name, of in values.items()}
+    if curved:
+        wanted = sum(len(of) * rank_of(of.shape[1]) for of in curved.values())
+        parts = [of[of > 0].cpu() for of in curved.values()]  # finding μ takes a hundred comparisons of scalars
+        eigenvalues = torch.cat(parts)
+        f = torch.ones_like(eigenvalues)
+        if wanted < len(eigenvalues):
+            f = ridge(eigenvalues, lambda f: float(f.sum()) < wanted)
+        for (name, of), part in zip(curved.items(), f.split([len(part) for part in parts]), strict=True):
+            filters[name][of > 0] = part.to(of)
+    return filters
 
 
 def hessian_diagonal(loss: Tensor, leaves: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:

@@ -229,7 +229,7 @@ class Engine:
         self.watch.lap("solve")
         if method.name == "loss":
             assert self._curvature is not None
-            results, rows = self._curvature.solve(method.at().budget or 0.0), self._curvature.rows
+            results, rows = self._curvature.solve(method.rank_of), self._curvature.rows
             each = self.watch.lap("solve") / len(results)  # they are solved together
             return Shift(method, seed, self.layers, results, rows, dict.fromkeys(results, each))
         accumulators = self._accumulators[_cache_key(method, seed)]

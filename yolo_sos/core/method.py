@@ -10,10 +10,10 @@ from yolo_sos.core import checks
 METHODS = ("loss", "expected", "principal", "budget", "full", "rows")
 SOLVERS = ("svd", "gauss")
 WEIGHTINGS = ("balanced", "confidence", "uniform")
+UNJUDGED = {"rank": 0.5, "budget": 0.01}  # where nothing is held out, so that no strength can be found
 # Budgets between which the guard searches. A shift that changes less is not worth writing; by more, as below a rank of
 # half of d, detectors lose mAP before their held-out loss tells (studies/voc07/strength.md).
-BUDGETS = {"loss": (1e-6, 1e-3), "budget": (1e-4, 0.1)}
-UNJUDGED = {"loss": 5e-4, "budget": 0.01}  # where nothing is held out, so that no strength can be found; a rank of half
+WEAKEST, STRONGEST = 1e-4, 0.1
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,15 @@ class Method:
     """How the weights of one layer are found.
 
     Attributes:
-        name (str): ``loss``: the least norm within a relative rise of the loss, to second order, for a task that can
-            replay its outputs. ``expected``: what randomly drawn rows keep on average. ``principal``: the leading
-            eigenvectors of the rows' second moment. ``budget``: the least norm within a relative change of the outputs.
-            ``full``: only null directions go. ``rows``: the span of randomly drawn rows, as published.
-        rank (int | float | None): Rank kept (``principal``), rows expected (``expected``) or drawn (``rows``): an int,
-            or a float up to 1.0 as a fraction of the layer's input size d. None: the least from half of d on that the
-            guard accepts.
-        budget (float | None): Relative change that is allowed, in [0, 1): ``budget``, of the outputs; ``loss``, of the
-            loss on the rows that it is fitted on. None: the largest up to 0.1 and 0.001 that the guard accepts.
+        name (str): ``loss``: the least norm with the same loss, to second order; for tasks that can replay outputs.
+            ``expected``: what randomly drawn rows keep on average. ``principal``: the leading eigenvectors of the rows'
+            second moment. ``budget``: the least norm within a relative change of the outputs. ``full``: only null
+            directions go. ``rows``: the span of randomly drawn rows, as published.
+        rank (int | float | None): Rank kept (``principal``), in the mean over all outputs (``loss``), rows expected
+            (``expected``) or drawn (``rows``): an int, or a float up to 1.0 as a fraction of the layer's input size d.
+            None: the least from half of d on that the guard accepts.
+        budget (float | None): ``budget``: relative change of the outputs that is allowed, in [0, 1). None: the
+            largest up to 0.1 that the guard accepts.
         solver (str): ``rows``: ``svd``, or ``gauss``, the elimination of the paper's Algorithm 1.
         weighting (str): Whose outputs matter: ``balanced``, ``confidence`` or ``uniform``, see ``row_groups``. For
             ``loss`` the loss says that, for ``full`` nothing.
@@ -53,29 +53,23 @@ class Method:
         checks.choice(*WEIGHTINGS)("weighting", self.weighting)
 
     @property
-    def has_budget(self) -> bool:
-        """Whether a budget, not a rank, says how strong a shift is."""
-        return self.name in BUDGETS
-
-    @property
     def is_found(self) -> bool:
         """Whether the guard decides how strong a shift is, not a given rank or budget."""
-        return self.name != "full" and (self.budget if self.has_budget else self.rank) is None
+        return self.name != "full" and (self.budget if self.name == "budget" else self.rank) is None
 
     def at(self, strength: float | None = None) -> Method:
         """Return the method with its rank or budget set, if it has one to be found; itself if not.
 
         Args:
             strength (float, optional): From 0, which changes next to nothing, to 1. The rank falls linearly to half of
-                d, the budget grows geometrically to its largest. None: a rank of half of d, or the budget that is taken
-                where nothing is held out: 5e-4 (``loss``) or 0.01.
+                d, the budget grows geometrically to 0.1. None: a rank of half of d, or a budget of 0.01.
         """
         if not self.is_found:
             return self
-        if self.has_budget:
-            least, most = BUDGETS[self.name]
-            return replace(self, budget=UNJUDGED[self.name] if strength is None else least * (most / least) ** strength)
-        return replace(self, rank=1.0 - (1.0 if strength is None else strength) / 2)
+        if self.name == "budget":
+            budget = UNJUDGED["budget"] if strength is None else WEAKEST * (STRONGEST / WEAKEST) ** strength
+            return replace(self, budget=budget)
+        return replace(self, rank=UNJUDGED["rank"] if strength is None else 1.0 - strength / 2)
 
     def rank_of(self, d: int) -> int:
         """Return the rank for a layer of input size d, at least 1 and, except for drawn rows, at most d."""

@@ -18,7 +18,7 @@ from yolo_sos.yolo.sweep_report import Point, csv_of, plot, summary
 from yolo_sos.yolo.training import PREFIX
 
 RANKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)  # fractions of d
-BUDGETS = {"loss": (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005), "budget": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)}
+BUDGETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 def trials_of(
@@ -33,11 +33,11 @@ def trials_of(
     """Return every method over its range, with the seeds of the drawings; of a classifier all but ``loss``."""
     trials: list[tuple[Method, int]] = []
     if task != "classify":  # whose moments of one class each are too large
-        trials += [(Method("loss", budget=b), seed) for b in BUDGETS["loss"]]
+        trials += [(Method("loss", r), seed) for r in ranks]
     for w in weightings:
         trials.append((Method("full", weighting=w), seed))
         trials += [(Method(name, r, weighting=w), seed) for name in ("principal", "expected") for r in ranks]
-        trials += [(Method("budget", budget=b, weighting=w), seed) for b in BUDGETS["budget"]]
+        trials += [(Method("budget", budget=b, weighting=w), seed) for b in BUDGETS]
         trials += [(Method("rows", r, solver=solver, weighting=w), seed + k) for r in ranks for k in range(draws)]
     return trials
 
@@ -78,8 +78,8 @@ def trace(
 
 def _name(shift: Shift) -> tuple[str, str, float, int]:
     method = shift.method
-    setting = math.nan if method.name == "full" else method.budget if method.has_budget else method.rank
-    return method.name, method.weighting, setting, shift.seed  # type: ignore[return-value]
+    setting = {"budget": method.budget, "full": math.nan}.get(method.name, method.rank)
+    return method.name, method.weighting, setting, shift.seed
 
 
 class CheckpointSweep(ShiftJob):

@@ -13,7 +13,7 @@ from typing import Any
 from ultralytics.utils import plt_settings
 
 from yolo_sos.config import SOSConfig
-from yolo_sos.core import BUDGETS, METHODS
+from yolo_sos.core import METHODS
 from yolo_sos.files import as_csv, save_figure
 from yolo_sos.markdown import markdown_table
 from yolo_sos.yolo.score import headline
@@ -22,9 +22,9 @@ from yolo_sos.yolo.score import headline
 # a point, below which tables show no difference.
 GUARD: float = SOSConfig().sos_guard  # type: ignore[assignment]
 LOSS_OF_METRIC = 0.001
-# As for a shift whose strength is found: below half of d, and above the largest budget, mAP falls before held-out loss
-# or a small val split tell. On BCCD, principal at a quarter of d lost .0003 on val and .0035 on test.
-LEAST_RANK, LARGEST_BUDGETS = 0.5, {name: most for name, (_, most) in BUDGETS.items()}
+# As for a shift whose strength is found: below half of d, and above a budget of 0.1, mAP falls before held-out loss or
+# a small val split tell. On BCCD, principal at a quarter of d lost .0003 on val and .0035 on test.
+LEAST_RANK, LARGEST_BUDGET = 0.5, 0.1
 WORTHWHILE = 0.99  # squared norm ratio above which a shift is not worth a file
 STYLES = {"loss": "D-", "principal": "o-", "expected": "s-", "budget": "^-", "rows": "x--", "full": "o"}
 
@@ -90,13 +90,13 @@ class Choice:
     @property
     def argument(self) -> str:
         """The setting as an argument of ``yolo-sos shift``."""
-        return "" if math.isnan(self.setting) else f"{'budget' if self.method in BUDGETS else 'rank'}={self.setting:g}"
+        return "" if math.isnan(self.setting) else f"{'budget' if self.method == 'budget' else 'rank'}={self.setting:g}"
 
 
 def choices(points: Sequence[Point]) -> list[Choice]:
     """Return the strongest setting of each method that keeps held-out loss and mAP, the smallest norm first.
 
-    The limits are ``GUARD``, ``LOSS_OF_METRIC``, ``LEAST_RANK`` and ``LARGEST_BUDGETS``.
+    The limits are ``GUARD``, ``LOSS_OF_METRIC``, ``LEAST_RANK`` and ``LARGEST_BUDGET``.
 
     Args:
         points (Sequence[Point]): The baseline, then the curve.
@@ -107,7 +107,7 @@ def choices(points: Sequence[Point]) -> list[Choice]:
     for method in METHODS:
         for of in _by_setting(rest, method):
             setting = of[0].setting
-            if setting > LARGEST_BUDGETS.get(method, math.inf) or (method not in BUDGETS and setting < LEAST_RANK):
+            if setting > LARGEST_BUDGET if method == "budget" else setting < LEAST_RANK:  # full has none: nan
                 continue
             rise = _mean(of, attrgetter("heldout_loss")) / baseline.heldout_loss - 1
             changes = {
@@ -142,8 +142,7 @@ def summary(points: Sequence[Point]) -> str:
         rows.append([c.method, c.argument, f"×{c.squared_norm_ratio:.3f}", f"{c.rise:+.2%}", *changes])
     text = (
         f"The strongest setting of each method whose held-out loss rises by at most {GUARD:.1%} and whose {main} falls "
-        f"by at most {LOSS_OF_METRIC:g}, of ranks from {LEAST_RANK:g} of d and budgets up to "
-        f"{LARGEST_BUDGETS['loss']:g} (loss) and {LARGEST_BUDGETS['budget']:g} (budget):\n"
+        f"by at most {LOSS_OF_METRIC:g}, of ranks from {LEAST_RANK:g} of d and budgets up to {LARGEST_BUDGET:g}:\n"
         f"{markdown_table(rows, texts=2)}"
     )
     best = recommended(points)
