@@ -128,7 +128,7 @@ def test_rows_are_released_before_images_are_held_out(make, monkeypatch, given):
 
     monkeypatch.setattr(engine, "_accumulator", remembered)
     monkeypatch.setattr(HeldOut, "add", checked)
-    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, **(GIVEN if given else {}))
+    trainer = make(SOSDetectionTrainer, sos=True, sos_images=IMAGES, **(GIVEN if given else {"sos_method": "expected"}))
     shift(trainer)
     layers = len(final_layers(trainer.ema.ema))
     assert checks == [[None] * layers, [None] * layers * MODELS]
@@ -161,7 +161,7 @@ def test_rows_that_are_not_in_the_sample_go_into_no_product(make, monkeypatch):
         return update(self, features, weights)
 
     monkeypatch.setattr(Moments, "update", counted)
-    trainer = make(SOSDetectionTrainer, sos=True, sos_images=24, sos_guard=1.0)
+    trainer = make(SOSDetectionTrainer, sos=True, sos_images=24, sos_guard=1.0, sos_method="expected")
     shift(trainer)
     layers = len(final_layers(trainer.ema.ema))
     assert 0 < sum(multiplied) <= held * layers * MODELS

@@ -423,7 +423,7 @@ def test_wrong_settings_are_refused(weights, seen, contents, options, message):
 
 def test_both_names_of_a_setting_mean_the_same(weights, seen):
     path = weights()
-    report = shift_checkpoint(path, seen, sos_rank=8, sos_guard=None, sos_images=3, val=False)
+    report = shift_checkpoint(path, seen, sos_method="expected", sos_rank=8, sos_guard=None, sos_images=3, val=False)
     assert (report.settings["rank"], report.images["fit"]) == (8, 3)
     assert report.layers[0].rank == 8.0
 
