@@ -18,7 +18,7 @@ def test_it_writes_its_files(tool, weights, digits, tmp_path, capsys, monkeypatc
     tool.main([f"{weights}={digits}", "--draws", "2", "--images", "8", "--out", str(tmp_path)])
     with open(tmp_path / "shift.csv", newline="") as file:
         baseline, *rows = list(csv.DictReader(file))
-    # loss at 2 ranks, 3 weightings × (full + principal and expected at 2 ranks + 6 budgets + 2 draws of rows at 2 ranks)
+    # loss at 2 ranks, 3 weightings × (full, principal and expected at 2 ranks, 6 budgets, 2 draws of rows at 2 ranks)
     assert baseline["method"] == "baseline" and len(rows) == 2 + 3 * (1 + 4 + 6 + 4)
     assert {row["weighting"] for row in rows} == {"balanced", "confidence", "uniform"}
     assert float(baseline["val/metrics/mAP50-95(B)"]) >= 0 and float(baseline["test/metrics/mAP50-95(B)"]) >= 0
