@@ -90,20 +90,25 @@ def test_out_of_memory(train, monkeypatch):
         return REAL_SHIFT(sos, batches, *args, **kwargs)
 
     monkeypatch.setattr(SOS, "shift", hungry)
-    run = train(sos=True, device=0, epochs=2)
+    run = train(sos=True, sos_images=8, device=0, epochs=2)
     assert sizes == 2 * [8, 4, 4]
     assert any("Out of memory with 8 images for the shift: trying 4." in line for line in run.log)
     assert {row["status"] for row in run.shifts} == {"ok"}
 
 
-def test_a_trained_checkpoint_is_shifted_as_on_the_cpu(run, digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "expected"}, {"method": "loss", "layers": "cls"}],  # loss draws signs, which only boxes depend on
+    ids=["expected", "loss"],
+)
+def test_a_trained_checkpoint_is_shifted_as_on_the_cpu(run, digits, tmp_path, monkeypatch, options):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions with ten bits: no comparison
     weights = {}
     for device in "cpu", "0":
         path = tmp_path / device / "last.pt"
         path.parent.mkdir()
         shutil.copy(run.save_dir / "weights/last.pt", path)
-        shift_checkpoint(path, digits, device=device, val=False, guard=None, rank=0.25)
+        shift_checkpoint(path, digits, device=device, val=False, guard=None, rank=0.25, **options)
         weights[device] = torch_load(path.with_name("last-sos.pt"), map_location="cpu")["model"].float().state_dict()
     for key, expected in weights["cpu"].items():  # but for the last digits of float16, in which they are saved
         difference = (weights["0"][key] - expected).double().norm()

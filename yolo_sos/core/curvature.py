@@ -72,7 +72,7 @@ class Curvature:
             rows = input_rows(layer.module, inputs[layer.name])
             self.rows[layer.name] += len(rows)
             self._alike[layer.name].update(rows)
-            self._sums[layer.kind] += torch.stack([h.sum(), h.square().sum()]).double().cpu()
+            self._sums[layer.kind] += torch.stack([h.sum(), h.square().sum()]).cpu().double()
             if layer.name not in self._matrices:
                 self._matrices[layer.name] = as_float64(rows).new_zeros(h.shape[1], rows.shape[1], rows.shape[1])
             some = h.any(1)  # a box has a loss only where there is an object
