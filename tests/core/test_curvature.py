@@ -297,3 +297,5 @@ def test_what_a_loss_is_linear_in_or_does_not_know_has_no_curvature():
     found = hessian_diagonal(z.sum() + y.exp().sum(), [z, y, x], generator())
     assert not found[0].any() and not found[2].any()
     torch.testing.assert_close(found[1], y.detach().exp())
+    (found,) = hessian_diagonal(torch.tensor(1.0), [z], generator())
+    assert not found.any()

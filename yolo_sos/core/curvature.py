@@ -167,6 +167,8 @@ def hessian_diagonal(loss: Tensor, leaves: Sequence[Tensor], generator: torch.Ge
         generator (torch.Generator): Of the signs, on the leaves' device.
     """
     found = [torch.zeros_like(leaf) for leaf in leaves]
+    if not loss.requires_grad:  # it depends on none of them
+        return found
     slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
     bent = [k for k, slope in enumerate(slopes) if slope is not None and slope.requires_grad]  # in others it is linear
     if bent:
