@@ -91,8 +91,8 @@ class SOSConfig:
         None,
         optional(checks.rank),
         "rank kept (principal), in the mean over all outputs (loss), or rows expected (expected) or drawn (rows) in "
-        "each layer; a float up to 1.0 is a "
-        "fraction of the layer's input size d; none: the least from 0.5 on that the guard accepts, 0.5 without a guard",
+        "each layer; a float up to 1.0 is a fraction of the layer's input size d; none: the least from 0.5 on that the "
+        "guard accepts, 0.5 without a guard",
     )
     sos_weighting: str = _setting(
         "balanced",

@@ -48,11 +48,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     engine = job.fitted(trials)
     heldout = engine.hold_out(job.images.batches("heldout"))
     found: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
-    for floor in FLOORS:
-        curvature = Curvature(job.task, job.layers, job.task.layers, 0, floor)
-        engine.run(job.images.batches("fit"), curvature.add)
+    curvatures = [Curvature(job.task, job.layers, job.task.layers, 0, floor) for floor in FLOORS]
+
+    def add(*seen: Any) -> None:
+        for curvature in curvatures:
+            curvature.add(*seen)
+
+    engine.run(job.images.batches("fit"), add)
+    for curvature in curvatures:
         weights = {name: result.weight for name, result in curvature.solve(Method(rank=RANK).rank_of).items()}
-        found.append(({"method": "loss", "floor": floor, "rank": RANK}, weights))
+        found.append(({"method": "loss", "floor": curvature.floor, "rank": RANK}, weights))
     for method, seed in trials:
         found.append(({"method": method.name, "rank": method.rank}, engine.solve(method, seed).weights()))
     before = norm_of({layer.name: weight_matrix(layer.module) for layer in job.layers})

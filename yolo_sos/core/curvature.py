@@ -22,10 +22,10 @@ from torch import Tensor
 from yolo_sos.core.heldout import layer_outputs
 from yolo_sos.core.layers import FinalLayer, input_rows, weight_matrix
 from yolo_sos.core.moments import CHUNK, Moments, as_float64
-from yolo_sos.core.solvers import EPS, NON_FINITE, ShiftResult, ratio, ridge, solved, unchanged
+from yolo_sos.core.solvers import EPS, NON_FINITE, ShiftResult, filtered_deviation, ridge_of_rank, solved, unchanged
 from yolo_sos.core.tasks import Task
 
-# Fitted on 430 images of VOC07 without a large object, which leaves the boxes of the coarsest level without curvature,
+# Fitted on 430 images of VOC07 without a large object, which leave the boxes of the coarsest level little curvature,
 # a shift costs .38 of mAP50-95 on all images without a floor, .007 with this one (studies/voc07/strength.md).
 FLOOR = 0.003
 
@@ -41,9 +41,6 @@ class Curvature:
         watched (Sequence[FinalLayer]): All layers whose outputs the task replays.
         seed (int): Of the random signs by which the diagonal of the Hessian is estimated.
         floor (float): Curvature that is added to each row's own, relative to what is typical of its kind of layer.
-
-    Attributes:
-        rows (dict[str, int]): Layer name → rows seen.
     """
 
     def __init__(
@@ -56,11 +53,15 @@ class Curvature:
     ):
         """Start at zero."""
         self.task, self.layers, self.watched, self.floor = task, layers, watched, floor
-        self.rows = {layer.name: 0 for layer in layers}
         self._matrices: dict[str, Tensor] = {}  # layer name → G, (out, d, d)
         self._alike = {layer.name: Moments(weight_matrix(layer.module).shape[1]) for layer in layers}  # all rows alike
         self._sums = {layer.kind: torch.zeros(2, dtype=torch.float64) for layer in layers}  # kind → Σh, Σh²
         self._generator = torch.Generator(layers[0].module.weight.device).manual_seed(seed)  # type: ignore[arg-type]
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Layer name → rows seen."""
+        return {name: moments.rows for name, moments in self._alike.items()}
 
     def add(self, batch: Any, output: Any, inputs: dict[str, Tensor]) -> None:
         """Add the rows of a batch, with what the model returned and what its layers received.
@@ -70,7 +71,6 @@ class Curvature:
         """
         for layer, h in zip(self.layers, self._second_derivatives(batch, output, inputs), strict=True):
             rows = input_rows(layer.module, inputs[layer.name])
-            self.rows[layer.name] += len(rows)
             self._alike[layer.name].update(rows)
             self._sums[layer.kind] += torch.stack([h.sum(), h.square().sum()]).cpu().double()
             if layer.name not in self._matrices:
@@ -132,7 +132,7 @@ class Curvature:
         for name, (values, vectors) in finite.items():
             v, f = as_float64(weights[name]).to(vectors.device), filters[name]
             outputs = values * torch.einsum("kd,kde->ke", v, vectors).square()
-            deviation = ratio(((1 - f) ** 2 * outputs).sum().sqrt(), outputs.sum().sqrt())
+            deviation = filtered_deviation(f, outputs)
             transform = (vectors * f[:, None]) @ vectors.mT
             results[name] = solved(weights[name], transform, float(f.sum()) / len(f), deviation)
         return results
@@ -145,10 +145,7 @@ def _one_ridge(values: dict[str, Tensor], rank_of: Callable[[int], int]) -> dict
     if curved:
         wanted = sum(len(of) * rank_of(of.shape[1]) for of in curved.values())
         parts = [of[of > 0].cpu() for of in curved.values()]  # finding μ takes a hundred comparisons of scalars
-        eigenvalues = torch.cat(parts)
-        f = torch.ones_like(eigenvalues)
-        if wanted < len(eigenvalues):
-            f = ridge(eigenvalues, lambda f: float(f.sum()) < wanted)
+        f = ridge_of_rank(torch.cat(parts), wanted)
         for (name, of), part in zip(curved.items(), f.split([len(part) for part in parts]), strict=True):
             filters[name][of > 0] = part.to(of)
     return filters

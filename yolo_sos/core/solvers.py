@@ -90,7 +90,7 @@ def _times(x: Tensor, transform: Tensor) -> Tensor:
     return x @ transform if transform.ndim == 2 else torch.einsum("kd,kde->ke", x, transform)
 
 
-def ratio(change: Tensor, size: Tensor) -> float:
+def _ratio(change: Tensor, size: Tensor) -> float:
     """Return ``change / size``, 0 where there is nothing to change."""
     return float(change) / float(size) if size > 0 else 0.0
 
@@ -139,7 +139,7 @@ def minimum_norm_shift(
     if rank == 0:
         return unchanged(weight, RANK_ZERO)
     rows = a / a.abs().max()  # the deviation is relative
-    deviation = ratio((rows @ (v @ transform - v).T).norm(), (rows @ v.T).norm())
+    deviation = _ratio((rows @ (v @ transform - v).T).norm(), (rows @ v.T).norm())
     return solved(weight, transform, rank, deviation)
 
 
@@ -224,10 +224,7 @@ def expected_shift(moments: Moments, weight: Tensor, *, rows: float) -> ShiftRes
         raise ValueError(f"rows={rows} must be a positive number: the expected number of rows.")
 
     def expected(eigenvalues: Tensor, energy: Tensor) -> Tensor:
-        if rows >= len(eigenvalues):
-            return torch.ones_like(eigenvalues)
-        # Σf falls from the rank at μ = 0 to 0 at μ = ∞.
-        return ridge(eigenvalues, lambda f: float(f.sum()) < rows)
+        return ridge_of_rank(eigenvalues, rows)
 
     return _spectral_shift(moments, weight, expected)
 
@@ -255,12 +252,20 @@ def budgeted_shift(moments: Moments, weight: Tensor, *, budget: float) -> ShiftR
         if budget == 0.0 or not outputs.any():
             return torch.ones_like(eigenvalues)
         total = float(outputs.sum())
-        return ridge(eigenvalues, lambda f: float((outputs * (1 - f) ** 2).sum()) > budget**2 * total)
+        return _ridge(eigenvalues, lambda f: float((outputs * (1 - f) ** 2).sum()) > budget**2 * total)
 
     return _spectral_shift(moments, weight, budgeted)
 
 
-def ridge(eigenvalues: Tensor, too_much: Callable[[Tensor], bool]) -> Tensor:
+def ridge_of_rank(eigenvalues: Tensor, rank: float) -> Tensor:
+    """Return f = λ/(λ+μ) for λ > 0 with Σf = ``rank``; 1 where there are no more eigenvalues than that."""
+    if rank >= len(eigenvalues):
+        return torch.ones_like(eigenvalues)
+    # Σf falls from the number of eigenvalues at μ = 0 to 0 at μ = ∞.
+    return _ridge(eigenvalues, lambda f: float(f.sum()) < rank)
+
+
+def _ridge(eigenvalues: Tensor, too_much: Callable[[Tensor], bool]) -> Tensor:
     """Return f = λ/(λ+μ) for λ > 0 at the μ where ``too_much``, monotone in μ, turns true: bisection on log μ."""
     low = math.log(float(eigenvalues.min())) - 45.0  # f = 1 to the last bit there, for every λ
     high = math.log(float(eigenvalues.max())) + 45.0  # and f < 1e-19 there
@@ -304,8 +309,12 @@ def _spectral_shift(
     f = spectral_filter(eigenvalues.cpu(), energy.cpu()).to(v.device)
     # ‖A X‖_F² = tr(Xᵀ G X): the outputs' norm without the rows
     outputs = eigenvalues * energy
-    deviation = ratio(((1 - f) ** 2 * outputs).sum().sqrt(), outputs.sum().sqrt())
-    return solved(weight, (vectors * f) @ vectors.T, float(f.sum()), deviation)
+    return solved(weight, (vectors * f) @ vectors.T, float(f.sum()), filtered_deviation(f, outputs))
+
+
+def filtered_deviation(f: Tensor, outputs: Tensor) -> float:
+    """Return the relative change of outputs with the squared norms ``outputs`` along the directions that f shrinks."""
+    return _ratio(((1 - f) ** 2 * outputs).sum().sqrt(), outputs.sum().sqrt())
 
 
 def solve(method: Method, rows: Moments | RowSample, weight: Tensor) -> ShiftResult:
